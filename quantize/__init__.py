@@ -1,0 +1,1 @@
+"""Checkpoints to model files: reading, rounding, packing, writing."""
