@@ -1,0 +1,350 @@
+"""Every source's vocabulary as one SentencePiece model, safe to feed with users' text.
+
+A model file carries a serialized `ModelProto` (sentencepiece_model.proto of google/sentencepiece).
+Its wire format is written and read here: the generated Python module of the sentencepiece package
+works with one generation of protobuf only, and the few fields needed are simple.
+
+Original Gemma tokenizers type markers such as `<start_of_turn>` or `<unused7>` differently from
+generation to generation. SentencePiece finds user-defined pieces in text but never control pieces,
+so here markers become control pieces once, and whoever loads the model can trust it.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import sentencepiece
+
+from quantize.errors import GemmaError
+
+SPACE = "▁"  # U+2581, how SentencePiece writes a space
+
+
+class PieceType(IntEnum):
+    """Kinds of pieces; ModelProto and GGUF number them alike."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class Piece(NamedTuple):
+    """One entry of the vocabulary: its text (spaces as `▁`), merge score and kind."""
+
+    text: str
+    score: float
+    kind: PieceType
+
+
+def control_pieces_as_control(model_proto: bytes, where: str = "The tokenizer") -> bytes:
+    """Type every marker of a SentencePiece model as a control piece.
+
+    All else is kept byte for byte; a model whose markers are typed so already comes back equal.
+    `where` names the file in errors. Raises GemmaError if this is not a BPE model with byte
+    fallback and Gemma's special pieces.
+    """
+    out = bytearray()
+    try:
+        for number, field, value in _fields(model_proto):
+            if number == _PIECES:
+                piece = _read_piece(value)
+                safe = _safe(piece)
+                out += field if safe is piece else _write_piece(safe)
+            else:
+                out += field
+    except (ValueError, struct.error) as error:
+        raise GemmaError(
+            f"{where} is not a SentencePiece model ({error}); download it again."
+        ) from error
+    return _checked(bytes(out), where)
+
+
+def sentencepiece_from_gguf(metadata: Mapping[str, object], where: str = "The GGUF file") -> bytes:
+    """Build a ModelProto from the `tokenizer.ggml.*` keys of a GGUF file.
+
+    `where` names the file in errors. Raises GemmaError if keys are missing or disagree.
+    """
+
+    def sequence(key: str, kinds: tuple[type, ...]) -> Sequence[object]:
+        values = metadata.get(f"tokenizer.ggml.{key}")
+        if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+            raise GemmaError(f"{where} has no list tokenizer.ggml.{key}; convert the model anew.")
+        if not all(isinstance(value, kinds) for value in values):
+            raise GemmaError(
+                f"{where} has values of a wrong type in tokenizer.ggml.{key}; convert it anew."
+            )
+        return values
+
+    model = metadata.get("tokenizer.ggml.model")
+    if model != "llama":
+        raise GemmaError(
+            f"{where} has a tokenizer of the kind {model!r}, not 'llama', which Gemma 1 to 3 use; "
+            "choose a Gemma 1, 2 or 3 model."
+        )
+    tokens = cast(Sequence[str], sequence("tokens", (str,)))
+    scores = cast(Sequence[float], sequence("scores", (float, int)))
+    kinds = cast(Sequence[int], sequence("token_type", (int,)))
+    if not all(abs(score) < 1e30 for score in scores):  # NaN too
+        raise GemmaError(f"{where} has tokenizer scores that are no numbers; convert it anew.")
+    if not len(tokens) == len(scores) == len(kinds):
+        raise GemmaError(
+            f"{where} has {len(tokens)} tokens, {len(scores)} scores and {len(kinds)} token types; "
+            "the numbers must agree, so convert the model anew."
+        )
+    special = {}
+    for role, key in {
+        "bos": "bos_token_id",
+        "eos": "eos_token_id",
+        "unk": "unknown_token_id",
+        "pad": "padding_token_id",
+    }.items():
+        index = metadata.get(f"tokenizer.ggml.{key}", -1)
+        if not isinstance(index, int) or not -1 <= index < len(tokens):
+            raise GemmaError(f"{where} has no token number {index} ({key}); convert it anew.")
+        special[role] = index
+
+    pieces = []
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+        if not 1 <= kind <= len(PieceType):
+            raise GemmaError(f"{where} has the unknown token type {kind}; convert the model anew.")
+        # GGUF holds user-defined pieces as they stand in a text, with plain spaces. Text reaches
+        # the matcher with its spaces written as ▁, so runs of spaces would never be found.
+        text = token.replace(" ", SPACE) if kind == PieceType.USER_DEFINED else token
+        pieces.append(Piece(text, score, PieceType(kind)))
+    return _model(pieces, special, where)
+
+
+def sentencepiece_from_tokenizer_json(path: Path) -> bytes:
+    """Build a ModelProto from the `tokenizer.json` of a Hugging Face Gemma.
+
+    A piece's score is minus the rank of the first merge that makes it: SentencePiece merges by
+    score, so the order is the same. Raises GemmaError if the file is not Gemma's kind: BPE with
+    byte fallback, whose normalizer only writes spaces as `▁`.
+    """
+    where = f"The tokenizer {path}"
+    try:
+        root = json.loads(path.read_bytes())
+    except OSError as error:
+        raise GemmaError(f"{where} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise GemmaError(f"{where} is not JSON ({error}); download it again.") from error
+    try:
+        if root["model"]["type"] != "BPE" or root["model"]["byte_fallback"] is not True:
+            raise ValueError("it is not BPE with byte fallback")
+        if not _only_escapes_spaces(root["normalizer"]):
+            raise ValueError("its normalizer does other things than writing spaces as ▁")
+        if not _keeps_text_whole(root["pre_tokenizer"]):
+            raise ValueError("it cuts the text before merging")
+        pieces = _pieces_of_json(root)
+        unknown = root["model"]["unk_token"]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise GemmaError(
+            f"{where} is not like Gemma's ({what}); choose a Gemma 1, 2 or 3 model."
+        ) from error
+    ids = {piece.text: index for index, piece in enumerate(pieces)}
+    special = {
+        "bos": ids.get("<bos>", -1),
+        "eos": ids.get("<eos>", -1),
+        "unk": ids.get(unknown, -1),
+        "pad": ids.get("<pad>", -1),
+    }
+    return _model(pieces, special, where)
+
+
+# What is a marker
+
+# User-defined pieces of Gemma that are markup in ordinary text, and stay such.
+_MARKUP = re.compile(
+    r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup"
+    r"|code|a|html|body|img|span|bbox|ul|li|div|iframe|footer)>"
+)
+_BRACKETED = re.compile(r"<.+>|\[.+\]")
+# Some published GGUF files even type these as normal pieces.
+_MARKER = re.compile(
+    r"<(pad|eos|bos|mask|2mass|unused\d+|(start|end)_of_\w+|\w+_soft_token|\|.+\|)>"
+    r"|\[(@BOS@|multimodal)\]"
+)
+
+
+def _safe(piece: Piece) -> Piece:
+    text, _, kind = piece
+    if kind in (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.BYTE):
+        return piece
+    marker = _MARKER.fullmatch(text) is not None
+    if kind == PieceType.USER_DEFINED and _BRACKETED.fullmatch(text):
+        marker = _MARKUP.fullmatch(text) is None
+    return piece._replace(kind=PieceType.CONTROL) if marker else piece
+
+
+# Reading tokenizer.json
+
+
+def _only_escapes_spaces(normalizer: object) -> bool:
+    return normalizer == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+
+
+def _keeps_text_whole(pre_tokenizer: object) -> bool:
+    # Gemma's file splits at spaces, of which the normalizer has left none.
+    return pre_tokenizer is None or (
+        isinstance(pre_tokenizer, dict)
+        and pre_tokenizer.get("type") == "Split"
+        and pre_tokenizer.get("pattern") == {"String": " "}
+    )
+
+
+def _pieces_of_json(root: dict[str, object]) -> list[Piece]:
+    model = cast(dict[str, object], root["model"])
+    vocab = dict(cast(dict[str, int], model["vocab"]))
+    special = {}
+    for token in cast(list[dict[str, object]], root["added_tokens"]):
+        # Added tokens are matched in the text itself, where a space is a space.
+        text = str(token["content"]).replace(" ", SPACE)
+        special[text] = bool(token["special"])
+        if vocab.setdefault(text, cast(int, token["id"])) != token["id"]:
+            raise ValueError(f"the added token {text!r} has two ids")
+    by_id: list[str | None] = [None] * len(vocab)
+    for text, index in vocab.items():
+        if not 0 <= index < len(by_id) or by_id[index] is not None:
+            raise ValueError(f"the ids are not 0 to {len(by_id) - 1}")
+        by_id[index] = text
+
+    rank: dict[str, int] = {}
+    for merge in cast(list[str | list[str]], model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        rank.setdefault(left + right, len(rank))
+
+    def kind(text: str) -> PieceType:
+        if text == model["unk_token"]:
+            return PieceType.UNKNOWN
+        if text in special:
+            return PieceType.CONTROL if special[text] else PieceType.USER_DEFINED
+        return PieceType.BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", text) else PieceType.NORMAL
+
+    return [
+        # Single characters are never the result of a merge: their score is not looked at.
+        Piece(text, -float(rank.get(text, 0)), kind(text))
+        for text in cast(list[str], by_id)
+    ]
+
+
+# Writing and checking the model
+
+
+def _model(pieces: Sequence[Piece], special: Mapping[str, int], where: str) -> bytes:
+    """Serialize a BPE model; `special` maps bos, eos, unk and pad to ids, -1 for none."""
+    out = bytearray()
+    for index, piece in enumerate(pieces):
+        # Published GGUF files type <unk> as control, but a model must have one unknown piece.
+        if index == special["unk"]:
+            safe = piece._replace(kind=PieceType.UNKNOWN)
+        elif index in special.values():
+            safe = piece._replace(kind=PieceType.CONTROL)
+        else:
+            safe = _safe(piece)
+        out += _write_piece(safe)
+    trainer = _integer(3, 2) + _integer(4, len(pieces)) + _integer(35, 1)  # BPE, byte_fallback
+    for number, role in enumerate(("unk", "bos", "eos", "pad")):
+        index = special[role]
+        trainer += _integer(40 + number, index)
+        if index >= 0:
+            trainer += _bytes(45 + number, pieces[index].text.encode())
+    # Spaces are escaped, and text is otherwise left as it is: no dummy prefix, nothing removed.
+    normalizer = _bytes(1, b"identity") + _integer(3, 0) + _integer(4, 0) + _integer(5, 1)
+    return _checked(bytes(out + _bytes(2, trainer) + _bytes(3, normalizer)), where)
+
+
+def _checked(model_proto: bytes, where: str) -> bytes:
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+    except (RuntimeError, ValueError) as error:
+        raise GemmaError(
+            f"{where} does not hold a tokenizer that SentencePiece can load ({error}); "
+            "download it again."
+        ) from error
+    if min(model.bos_id(), model.eos_id(), model.unk_id()) < 0:
+        raise GemmaError(f"{where} lacks <bos>, <eos> or <unk>; choose a Gemma 1, 2 or 3 model.")
+    if not all(model.is_byte(model.piece_to_id([f"<0x{byte:02X}>" for byte in range(256)]))):
+        raise GemmaError(f"{where} lacks byte pieces; choose a Gemma 1, 2 or 3 model.")
+    return model_proto
+
+
+# The wire format (protobuf.dev/programming-guides/encoding)
+
+_PIECES = 1  # ModelProto: pieces = 1, trainer_spec = 2, normalizer_spec = 3
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
+
+
+def _varint(value: int) -> bytes:
+    if 0 <= value < 0x80:
+        return bytes((value,))
+    value &= (1 << 64) - 1  # negative numbers are written as their 64-bit complement
+    return bytes((value & 0x7F | 0x80,)) + _varint(value >> 7)
+
+
+def _integer(number: int, value: int) -> bytes:
+    return _varint(number << 3 | _VARINT) + _varint(value)
+
+
+def _bytes(number: int, value: bytes) -> bytes:
+    return _varint(number << 3 | _LENGTH) + _varint(len(value)) + value
+
+
+def _write_piece(piece: Piece) -> bytes:
+    score = _varint(2 << 3 | _FIXED32) + struct.pack("<f", piece.score)
+    return _bytes(_PIECES, _bytes(1, piece.text.encode()) + score + _integer(3, piece.kind))
+
+
+def _read_piece(message: bytes) -> Piece:
+    text, score, kind = "", 0.0, PieceType.NORMAL
+    for number, _, value in _fields(message):
+        if number == 1:
+            text = value.decode()
+        elif number == 2:
+            (score,) = struct.unpack("<f", value)
+        elif number == 3:
+            kind = PieceType(_read_varint(value, 0)[0])
+    return Piece(text, score, kind)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at == len(data):
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a number in it has no end")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Yield the number, the whole bytes and the value's bytes of each field of a message."""
+    at = 0
+    while at < len(data):
+        start = at
+        key, at = _read_varint(data, at)
+        kind = key & 7
+        if kind == _LENGTH:
+            size, at = _read_varint(data, at)
+        elif kind == _VARINT:
+            size = _read_varint(data, at)[1] - at
+        elif kind in _FIXED_SIZES:
+            size = _FIXED_SIZES[kind]
+        else:
+            raise ValueError(f"it has a field of the unknown kind {kind}")
+        end = at + size
+        if end > len(data):
+            raise ValueError("it is cut off")
+        yield key >> 3, data[start:end], data[at:end]
+        at = end
