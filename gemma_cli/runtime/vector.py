@@ -1,0 +1,565 @@
+"""Vectors for Numba kernels: lanes of one matrix tile, in the CPU's own registers.
+
+A tile of a weight matrix has 16 rows, so every vector here has 16 lanes of 32 bits, one for each
+row, or the 64 bytes that hold four inputs of each row. LLVM cuts them into registers of whatever
+width the CPU has. Kernels written with these vectors are therefore the same for every CPU; only
+the integer dot products (`dots_int4`, `dots_int8`) are lowered differently for each instruction
+set, because LLVM does not find those instructions by itself.
+
+Memory is named by address (an int64), since weights are used from a mapped file. Nothing here
+checks bounds: callers pass addresses of buffers whose sizes they have checked.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from gemma_cli.runtime import isa
+
+LANES = 16
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_F32 = ir.FloatType()
+_HALF = ir.HalfType()
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """Numba type of a vector of `n` lanes of the LLVM type `lane`."""
+
+    def __init__(self, name: str, lane: ir.Type, n: int) -> None:
+        self.ir_type = ir.VectorType(lane, n)
+        self.is_float = isinstance(lane, ir.FloatType)
+        super().__init__(name=name)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, fe_type.ir_type)
+
+
+F32X16 = Vector("f32x16", _F32, LANES)
+I32X16 = Vector("i32x16", _I32, LANES)
+
+_VF32, _VI32, _VI8 = F32X16.ir_type, I32X16.ir_type, ir.VectorType(_I8, 4 * LANES)
+
+
+# LLVM building blocks: each takes the IR builder first and emits instructions.
+
+
+def _call(b: ir.IRBuilder, name: str, ret: ir.Type, args: Sequence[ir.Value]) -> ir.Value:
+    function_type = ir.FunctionType(ret, [a.type for a in args])
+    return b.call(cgutils.get_or_insert_function(b.module, function_type, name), args)
+
+
+def _splat(b: ir.IRBuilder, scalar: ir.Value, n: int = LANES) -> ir.Value:
+    vector = ir.Constant(ir.VectorType(scalar.type, n), ir.Undefined)
+    vector = b.insert_element(vector, scalar, _I32(0))
+    return b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, n), [0] * n))
+
+
+def _const(vector_type: ir.VectorType, value: float | Sequence[int]) -> ir.Constant:
+    lanes = list(value) if isinstance(value, Sequence) else [value] * vector_type.count
+    return ir.Constant(vector_type, lanes)
+
+
+def _load(b: ir.IRBuilder, address: ir.Value, ir_type: ir.Type, align: int = 1) -> ir.Value:
+    return b.load(b.inttoptr(address, ir_type.as_pointer()), align=align)
+
+
+def _store(b: ir.IRBuilder, address: ir.Value, value: ir.Value) -> None:
+    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+def _offset(b: ir.IRBuilder, address: ir.Value, n_bytes: int) -> ir.Value:
+    return b.add(address, _I64(n_bytes)) if n_bytes else address
+
+
+def _part(b: ir.IRBuilder, vector: ir.Value, k: int, n: int) -> ir.Value:
+    """Lanes k n to (k + 1) n of a vector."""
+    mask = _const(ir.VectorType(_I32, n), list(range(k * n, (k + 1) * n)))
+    return b.shuffle_vector(vector, vector, mask)
+
+
+def _concat(b: ir.IRBuilder, parts: Sequence[ir.Value]) -> ir.Value:
+    parts = list(parts)
+    while len(parts) > 1:
+        n = parts[0].type.count
+        mask = _const(ir.VectorType(_I32, 2 * n), list(range(2 * n)))
+        parts = [
+            b.shuffle_vector(parts[i], parts[i + 1], mask) for i in range(0, len(parts), 2)
+        ]
+    return parts[0]
+
+
+def _by_part(
+    b: ir.IRBuilder, n: int, emit: Callable[..., ir.Value], *vectors: ir.Value
+) -> ir.Value:
+    """Applies an instruction for n parts of a vector to a vector n times as wide."""
+    split = [[_part(b, v, k, v.type.count // n) for v in vectors] for k in range(n)]
+    return _concat(b, [emit(*parts) for parts in split])
+
+
+def _half_to_float(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    if isa.NAME != "plain":
+        return b.fpext(_load(b, address, ir.VectorType(_HALF, LANES)), _VF32)
+    # Without a conversion instruction: move exponent and fraction into place, then correct the
+    # exponent's bias by a multiplication, which also makes the subnormal halves right.
+    bits = b.zext(_load(b, address, ir.VectorType(_I16, LANES)), _VI32)
+    magnitude = b.shl(b.and_(bits, _const(_VI32, 0x7FFF)), _const(_VI32, 13))
+    sign = b.shl(b.and_(bits, _const(_VI32, 0x8000)), _const(_VI32, 16))
+    value = b.fmul(b.bitcast(magnitude, _VF32), _const(_VF32, 2.0**112))
+    return b.bitcast(b.or_(b.bitcast(value, _VI32), sign), _VF32)
+
+
+def _fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    return _call(b, "llvm.fmuladd.v16f32", _VF32, [x, y, z])
+
+
+def _broadcast4(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """Four bytes, repeated for each of the 16 rows."""
+    return b.bitcast(_splat(b, _load(b, address, _I32)), _VI8)
+
+
+def _dot4_plain(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    """acc[r] + sum over j of w[4 r + j] x[4 r + j], both signed."""
+    w, x = b.bitcast(w, _VI32), b.bitcast(x, _VI32)
+    for j in range(4):
+        shift, down = _const(_VI32, 24 - 8 * j), _const(_VI32, 24)
+        product = b.mul(b.ashr(b.shl(w, shift), down), b.ashr(b.shl(x, shift), down))
+        acc = b.add(acc, product)
+    return acc
+
+
+def _dot4_neon(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    def sdot(acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+        return _call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, [acc, w, x])
+
+    return _by_part(b, 4, sdot, acc, w, x)
+
+
+def _maddubs(b: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    name = "llvm.x86.avx2.pmadd.ub.sw"
+    return _call(b, name, ir.VectorType(_I16, 16), [unsigned, signed])
+
+
+def _sum_pairs(b: ir.IRBuilder, words: ir.Value) -> ir.Value:
+    ones = _const(words.type, 1)
+    return _call(b, "llvm.x86.avx2.pmadd.wd", ir.VectorType(_I32, 8), [words, ones])
+
+
+def _dot4_avx2(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    # vpmaddubsw wants one unsigned operand and saturates at 16 bits: |w| <= 128 times
+    # sign(w) x with |x| <= 127 leaves a sum of two within 32,512.
+    def signed(acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+        magnitude = _call(b, "llvm.abs.v32i8", w.type, [w, ir.Constant(ir.IntType(1), 0)])
+        moved = _call(b, "llvm.x86.avx2.psign.b", x.type, [x, w])
+        return b.add(acc, _sum_pairs(b, _maddubs(b, magnitude, moved)))
+
+    return _by_part(b, 2, signed, acc, w, x)
+
+
+def _dot4_vnni(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    """acc[r] + sum over j of w[4 r + j] x[4 r + j], w unsigned, x signed."""
+
+    def busd(bits: int) -> Callable[..., ir.Value]:
+        def emit(acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+            name = f"llvm.x86.avx512.vpdpbusd.{bits}"
+            return _call(b, name, acc.type, [acc, b.bitcast(w, acc.type), b.bitcast(x, acc.type)])
+
+        return emit
+
+    if isa.NAME == "avx512vnni":
+        return busd(512)(acc, w, x)
+    return _by_part(b, 2, busd(256), acc, w, x)
+
+
+_VNNI = isa.NAME in ("avx512vnni", "avxvnni")
+_dot4_signed = {"avx2": _dot4_avx2, "neon": _dot4_neon}.get(isa.NAME, _dot4_plain)
+
+
+def _shuffle16(b: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
+    """table[code] for 64 codes; table is 16 bytes, four times over."""
+    if isa.NAME == "avx512vnni":
+        return _call(b, "llvm.x86.avx512.pshuf.b.512", _VI8, [table, codes])
+    if isa.NAME in ("avxvnni", "avx2"):
+        return _by_part(
+            b, 2, lambda t, c: _call(b, "llvm.x86.avx2.pshuf.b", t.type, [t, c]), table, codes
+        )
+    if isa.NAME == "neon":
+        name = "llvm.aarch64.neon.tbl1.v16i8"
+        return _by_part(b, 4, lambda t, c: _call(b, name, t.type, [t, c]), table, codes)
+    levels = ir.Constant(_VI8, ir.Undefined)
+    for lane in range(4 * LANES):
+        code = b.extract_element(codes, _I32(lane))
+        levels = b.insert_element(levels, b.extract_element(table, code), _I32(lane))
+    return levels
+
+
+def _nibbles(b: ir.IRBuilder, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
+    low = b.and_(packed, _const(_VI8, 0x0F))
+    return low, b.lshr(packed, _const(_VI8, 4))
+
+
+class _Group:
+    """Emits the exact integer dot products of 16 rows with `n` tokens over 32 inputs.
+
+    Weights come as unsigned bytes w; what is summed is (w - zero) x. Where the CPU multiplies
+    unsigned by signed bytes, the sum of w x is taken and zero * sum(x) subtracted at the end;
+    elsewhere the bytes are made signed first.
+    """
+
+    def __init__(self, b: ir.IRBuilder, n: int, x: ir.Value, stride: ir.Value, zero: int) -> None:
+        self.b, self.n, self.zero = b, n, zero
+        self.x = [b.add(x, b.mul(stride, _I64(t))) for t in range(n)]
+        self.acc = [_const(_VI32, 0) for _ in range(n)]
+        # Two sums of 16-bit words a token, for codes so small that eight products fit.
+        self.words = [[_const(ir.VectorType(_I16, 16), 0)] * 2 for _ in range(n)]
+
+    def add(self, w: ir.Value, run: int) -> None:
+        """Adds inputs 4 run to 4 run + 3."""
+        b = self.b
+        if not _VNNI:
+            w = b.xor(w, _const(_VI8, 0x80)) if self.zero == 128 else b.sub(w, _const(_VI8, 8))
+        for t in range(self.n):
+            x = _broadcast4(b, _offset(b, self.x[t], 4 * run))
+            dot4 = _dot4_vnni if _VNNI else _dot4_signed
+            self.acc[t] = dot4(b, self.acc[t], w, x)
+
+    def add_small(self, codes: ir.Value, run: int) -> None:
+        """The same for codes 0 to 15, whose eight products of a group fit 16 bits on AVX2."""
+        if isa.NAME != "avx2":
+            self.add(codes, run)
+            return
+        b = self.b
+        for t in range(self.n):
+            x = _broadcast4(b, _offset(b, self.x[t], 4 * run))
+            for half in range(2):
+                pairs = _maddubs(b, _part(b, codes, half, 32), _part(b, x, half, 32))
+                self.words[t][half] = b.add(self.words[t][half], pairs)
+
+    def result(self, sums: ir.Value, stride: ir.Value, small: bool) -> ir.Value:
+        """The n sums as an LLVM array; `sums` is the address of sum(x), one int32 a token."""
+        b = self.b
+        wide = small and isa.NAME == "avx2"
+        array = ir.Constant(ir.ArrayType(_VI32, self.n), ir.Undefined)
+        for t in range(self.n):
+            acc = self.acc[t]
+            if wide:
+                acc = _concat(b, [_sum_pairs(b, words) for words in self.words[t]])
+            if wide or _VNNI:
+                x_sum = _load(b, b.add(sums, b.mul(stride, _I64(t))), _I32)
+                acc = b.sub(acc, _splat(b, b.mul(x_sum, _I32(self.zero))))
+            array = b.insert_value(array, acc, t)
+        return array
+
+
+# What kernels call. `n` is a constant: the number of tokens whose values are held at once.
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def dots_int4(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any):  # type: ignore[no-untyped-def]
+    """dot[t][r] = sum over 32 inputs i of (code[r, i] - 8) x[t, i], exact, for n tokens t.
+
+    `w`: address of 4 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j in its low
+    nibble, input 16 + 4 b + j in its high one. `x`: address of int8 inputs, tokens `x_stride`
+    bytes apart. `sums`: address of sum(x) as int32, `sum_stride` bytes apart. -> n x i32x16.
+    """
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=8)
+        for run in range(4):
+            low, high = _nibbles(b, _load(b, _offset(b, args[0], 64 * run), _VI8))
+            group.add_small(low, run)
+            group.add_small(high, run + 4)
+        return group.result(args[3], args[4], small=True)
+
+    return types.UniTuple(I32X16, n.literal_value)(w, x, x_stride, sums, sum_stride, n), codegen
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def dots_codebook(  # type: ignore[no-untyped-def]
+    typingctx: Any, w: Any, levels: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any
+):
+    """As dots_int4, with codebook[code] in place of code - 8.
+
+    `levels`: address of 16 bytes, the codebook's int8 levels + 128.
+    """
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        group = _Group(b, sig.args[6].literal_value, args[2], args[3], zero=128)
+        table = _load(b, args[1], ir.VectorType(_I8, 16))
+        table = _concat(b, [table] * 4)
+        for run in range(4):
+            low, high = _nibbles(b, _load(b, _offset(b, args[0], 64 * run), _VI8))
+            group.add(_shuffle16(b, table, low), run)
+            group.add(_shuffle16(b, table, high), run + 4)
+        return group.result(args[4], args[5], small=False)
+
+    result = types.UniTuple(I32X16, n.literal_value)
+    return result(w, levels, x, x_stride, sums, sum_stride, n), codegen
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def dots_int8(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any):  # type: ignore[no-untyped-def]
+    """dot[t][r] = sum over 32 inputs i of (byte[r, i] - 128) x[t, i], exact, for n tokens t.
+
+    `w`: address of 8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j. The rest as
+    in dots_int4.
+    """
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=128)
+        for run in range(8):
+            group.add(_load(b, _offset(b, args[0], 64 * run), _VI8), run)
+        return group.result(args[3], args[4], small=False)
+
+    return types.UniTuple(I32X16, n.literal_value)(w, x, x_stride, sums, sum_stride, n), codegen
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def zeros(typingctx: Any, n: Any):  # type: ignore[no-untyped-def]
+    """n x f32x16 of zeros."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return ir.Constant(ir.ArrayType(_VF32, sig.return_type.count), None)
+
+    return types.UniTuple(F32X16, n.literal_value)(n), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add_scaled(typingctx: Any, acc: Any, dots: Any, scale: Any, x_scales: Any, stride: Any):  # type: ignore[no-untyped-def]
+    """acc[t] + scale x_scale[t] dots[t]; x_scales: address of float32, `stride` bytes apart."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        acc, dots, scale, x_scales, stride = args
+        for t in range(sig.args[0].count):
+            x_scale = _load(b, b.add(x_scales, b.mul(stride, _I64(t))), _F32)
+            factor = b.fmul(scale, _splat(b, x_scale))
+            value = b.sitofp(b.extract_value(dots, t), _VF32)
+            acc = b.insert_value(acc, _fma(b, factor, value, b.extract_value(acc, t)), t)
+        return acc
+
+    return acc(acc, dots, scale, x_scales, stride), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add_outer(typingctx: Any, acc: Any, w: Any, x: Any, stride: Any):  # type: ignore[no-untyped-def]
+    """acc[t] + w x[t]; x: address of float32, tokens `stride` bytes apart."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        acc, w, x, stride = args
+        for t in range(sig.args[0].count):
+            value = _splat(b, _load(b, b.add(x, b.mul(stride, _I64(t))), _F32))
+            acc = b.insert_value(acc, _fma(b, w, value, b.extract_value(acc, t)), t)
+        return acc
+
+    return acc(acc, w, x, stride), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_rows(typingctx: Any, address: Any, stride: Any, rows: Any):  # type: ignore[no-untyped-def]
+    """Stores each f32x16 of `rows`, `stride` bytes apart."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        address, stride, rows = args
+        for t in range(sig.args[2].count):
+            _store(b, b.add(address, b.mul(stride, _I64(t))), b.extract_value(rows, t))
+        return context.get_dummy_value()
+
+    return types.void(address, stride, rows), codegen
+
+
+def _unary(emit: Callable[..., ir.Value], result: types.Type, doc: str) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def function(typingctx: Any, value: Any):  # type: ignore[no-untyped-def]
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            return emit(b, args[0])
+
+        return result(value), codegen
+
+    function.__doc__ = doc
+    return function
+
+
+def _bfloat_to_float(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    bits = b.zext(_load(b, address, ir.VectorType(_I16, LANES)), _VI32)
+    return b.bitcast(b.shl(bits, _const(_VI32, 16)), _VF32)
+
+
+def _byte_to_float(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return b.sitofp(_load(b, address, ir.VectorType(_I8, LANES)), _VF32)
+
+
+def _horizontal_sum(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    while vector.type.count > 1:
+        n = vector.type.count // 2
+        vector = b.fadd(_part(b, vector, 0, n), _part(b, vector, 1, n))
+    return b.extract_element(vector, _I32(0))
+
+
+def _horizontal_max(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    while vector.type.count > 1:
+        n = vector.type.count // 2
+        left, right = _part(b, vector, 0, n), _part(b, vector, 1, n)
+        vector = b.select(b.fcmp_ordered(">", left, right), left, right)
+    return b.extract_element(vector, _I32(0))
+
+
+def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, exp(r) by its Taylor series.
+
+    Relative error below 2e-7 (the seventh power's term is 1e-7 at the interval's end).
+    """
+
+    def clamp(x: ir.Value, limit: float, comparison: str) -> ir.Value:
+        bound = _const(_VF32, limit)
+        return b.select(b.fcmp_ordered(comparison, x, bound), bound, x)
+
+    x = clamp(clamp(x, -87.0, "<"), 88.0, ">")
+    # Adding and taking away 1.5 x 2^23 rounds to the nearest integer, in any vector unit.
+    magic = _const(_VF32, 12582912.0)
+    shifted = _fma(b, x, _const(_VF32, 1.4426950408889634), magic)
+    n = b.fsub(shifted, magic)
+    # ln 2 in two parts, the first with few enough bits that n times it is exact.
+    r = _fma(b, n, _const(_VF32, -0.693359375), x)
+    r = _fma(b, n, _const(_VF32, 2.12194440054690583e-4), r)
+    value = _const(_VF32, 1 / 5040)
+    for factorial in (720, 120, 24, 6, 2, 1, 1):
+        value = _fma(b, value, r, _const(_VF32, 1 / factorial))
+    exponent = b.shl(b.fptosi(n, _VI32), _const(_VI32, 23))
+    return b.bitcast(b.add(b.bitcast(value, _VI32), exponent), _VF32)
+
+
+load_f32 = _unary(
+    lambda b, a: _load(b, a, _VF32), F32X16, "16 float32 at an address -> f32x16."
+)
+load_f16 = _unary(_half_to_float, F32X16, "16 float16 at an address -> f32x16.")
+load_bf16 = _unary(_bfloat_to_float, F32X16, "16 bfloat16 at an address -> f32x16.")
+load_i8 = _unary(_byte_to_float, F32X16, "16 int8 at an address -> f32x16.")
+splat = _unary(
+    lambda b, x: _splat(b, b.fptrunc(x, _F32) if x.type != _F32 else x),
+    F32X16,
+    "A float in all 16 lanes.",
+)
+horizontal_sum = _unary(_horizontal_sum, types.float32, "The sum of 16 lanes, in a fixed order.")
+horizontal_max = _unary(_horizontal_max, types.float32, "The largest of 16 lanes.")
+absolute = _unary(
+    lambda b, x: _call(b, "llvm.fabs.v16f32", _VF32, [x]), F32X16, "|x| in each lane."
+)
+exp = _unary(_exp, F32X16, "e^x in each lane, x clamped to -87 to 88; relative error below 2e-7.")
+load_byte = _unary(
+    lambda b, a: b.zext(_load(b, a, _I8), _I64), types.int64, "The unsigned byte at an address."
+)
+load_scalar = _unary(lambda b, a: _load(b, a, _F32), types.float32, "The float32 at an address.")
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_f32(typingctx: Any, address: Any, vector: Any):  # type: ignore[no-untyped-def]
+    """Stores an f32x16 at an address."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        _store(b, args[0], args[1])
+        return context.get_dummy_value()
+
+    return types.void(address, vector), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_f16(typingctx: Any, address: Any, vector: Any):  # type: ignore[no-untyped-def]
+    """Stores an f32x16 as 16 float16, rounded to nearest, ties to even; |x| below 65,504."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        _store(b, args[0], _float_to_half(b, args[1]))
+        return context.get_dummy_value()
+
+    return types.void(address, vector), codegen
+
+
+def _float_to_half(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    if isa.NAME != "plain":
+        return b.fptrunc(x, ir.VectorType(_HALF, LANES))
+    # The reverse of _half_to_float: scale the exponent's bias, then round at the 13th bit.
+    bits = b.bitcast(x, _VI32)
+    sign = b.and_(b.lshr(bits, _const(_VI32, 16)), _const(_VI32, 0x8000))
+    magnitude = b.bitcast(b.and_(bits, _const(_VI32, 0x7FFFFFFF)), _VF32)
+    scaled = b.bitcast(b.fmul(magnitude, _const(_VF32, 2.0**-112)), _VI32)
+    odd = b.and_(b.lshr(scaled, _const(_VI32, 13)), _const(_VI32, 1))
+    rounded = b.lshr(b.add(b.add(scaled, _const(_VI32, 0xFFF)), odd), _const(_VI32, 13))
+    return b.trunc(b.or_(rounded, sign), ir.VectorType(_I16, LANES))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_i8(typingctx: Any, address: Any, vector: Any):  # type: ignore[no-untyped-def]
+    """Rounds an f32x16 (|x| <= 127) to int8, ties to even, stores it and gives the sum, int32."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        magic = _const(_VF32, 12582912.0)
+        integers = b.fptosi(b.fsub(b.fadd(args[1], magic), magic), _VI32)
+        _store(b, args[0], b.trunc(integers, ir.VectorType(_I8, LANES)))
+        while integers.type.count > 1:
+            n = integers.type.count // 2
+            integers = b.add(_part(b, integers, 0, n), _part(b, integers, 1, n))
+        return b.extract_element(integers, _I32(0))
+
+    return types.int32(address, vector), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fma(typingctx: Any, x: Any, y: Any, z: Any):  # type: ignore[no-untyped-def]
+    """x y + z, for f32x16; one rounding where the CPU has the instruction."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return _fma(b, *args)
+
+    return F32X16(x, y, z), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typingctx: Any, address: Any):  # type: ignore[no-untyped-def]
+    """Asks for the cache line at an address, to be read once."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        pointer = b.inttoptr(args[0], _I8.as_pointer())
+        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0")
+        b.call(function, [pointer, _I32(0), _I32(2), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(address), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def address_of(typingctx: Any, array: Any):  # type: ignore[no-untyped-def]
+    """The address of an array's first element."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        struct = context.make_array(sig.args[0])(context, b, args[0])
+        return b.ptrtoint(struct.data, _I64)
+
+    return types.int64(array), codegen
+
+
+def _operator(symbol: Callable[..., Any], emit: str) -> None:
+    """Gives f32x16 one of Python's operators."""
+
+    @infer_global(symbol)
+    class Typing(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: Any, kws: Any) -> Any:
+            return signature(F32X16, *args) if args == (F32X16, F32X16) else None
+
+    @lower_builtin(symbol, F32X16, F32X16)  # type: ignore[untyped-decorator]
+    def lower(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return getattr(b, emit)(*args)
+
+
+_operator(operator.add, "fadd")
+_operator(operator.sub, "fsub")
+_operator(operator.mul, "fmul")
+_operator(operator.truediv, "fdiv")

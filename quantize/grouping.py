@@ -1,0 +1,54 @@
+"""Rounding: float rows to codes and scales, one scale for each group of inputs of a row.
+
+A weight is `level[code] * scale`. Scales are float16, rounded before the codes are chosen, so that
+the codes are the nearest ones for the scale that is stored.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+LINEAR_LEVELS = tuple(range(-8, 8))
+"""The equal steps of a Q4_0 block, as a codebook."""
+
+LARGEST_SCALE = float(np.finfo(np.float16).max)
+
+
+def _grouped(rows: NDArray[np.float32], group_size: int) -> NDArray[np.float32]:
+    return rows.reshape(len(rows), -1, group_size)
+
+
+def _rounded_scales(scales: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+    """Scales as float16 and the factors 1 / scale, 0 for a group whose scale rounds to 0."""
+    half = np.clip(scales, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16)
+    stored = half.astype(np.float32)
+    inverse = np.divide(1, stored, out=np.zeros_like(stored), where=stored != 0)
+    return half, inverse
+
+
+def round_int4(
+    rows: NDArray[np.float32], group_size: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Rounds to the 16 equal steps -8 to 7 by the rule of GGML's Q4_0.
+
+    The weight of the largest magnitude in a group becomes -8 exactly, so the scale carries its
+    sign. rows: (n_rows, n_in) -> codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
+    """
+    groups = _grouped(rows, group_size)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
+    scales, inverse = _rounded_scales(largest[..., 0] / -8)
+    codes = np.rint(groups * inverse[..., None])
+    codes = np.clip(codes, -8, 7) + 8
+    return codes.astype(np.uint8).reshape(rows.shape), scales
+
+
+def round_int8(
+    rows: NDArray[np.float32], group_size: int
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """Rounds to -127 to 127 steps of a group's largest magnitude / 127.
+
+    rows: (n_rows, n_in) -> codes (n_rows, n_in), scales (n_rows, n_in / group_size).
+    """
+    groups = _grouped(rows, group_size)
+    scales, inverse = _rounded_scales(np.abs(groups).max(-1) / 127)
+    codes = np.clip(np.rint(groups * inverse[..., None]), -127, 127)
+    return codes.astype(np.int8).reshape(rows.shape), scales

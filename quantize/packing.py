@@ -1,0 +1,131 @@
+"""Tiles: the order in which weights lie in a model file, which is the order kernels read them in.
+
+A matrix (n_out, n_in) is cut into tiles of 16 rows; the last is filled up with zero rows. In every
+format the 16 rows of a tile lie side by side, so that a vector register holds the same inputs of
+all rows and no sum ever crosses its lanes.
+
+int4 and int8: a tile is a run of blocks, one for each group of `group_size` inputs:
+
+    16 float16 scales, one a row, then for each 32 inputs of the group
+        int4   4 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j in its low nibble
+               and input 16 + 4 b + j in its high nibble
+        int8   8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j, as code + 128
+
+bf16 and f32: input by input, the weights of the 16 rows.
+
+Everything here is (n_tiles, ...) uint8 and little-endian.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+TILE_ROWS = 16
+RUN_INPUTS = 32
+"""Inputs in one full run of a block; also the inputs that share an activation scale."""
+
+FORMATS = ("int4", "int8", "bf16", "f32")
+_CODE_BYTES = {"int4": 256, "int8": 512}  # for 32 inputs of 16 rows
+_FLOAT_BYTES = {"bf16": 2, "f32": 4}
+_SCALE_BYTES = 2 * TILE_ROWS
+
+
+def n_tiles(n_out: int) -> int:
+    return -(-n_out // TILE_ROWS)
+
+
+def block_bytes(fmt: str, group_size: int) -> int:
+    """Bytes of one group's block of an int4 or int8 tile."""
+    return _SCALE_BYTES + group_size // RUN_INPUTS * _CODE_BYTES[fmt]
+
+
+def tile_bytes(fmt: str, n_in: int, group_size: int) -> int:
+    if fmt in _FLOAT_BYTES:
+        return TILE_ROWS * n_in * _FLOAT_BYTES[fmt]
+    return n_in // group_size * block_bytes(fmt, group_size)
+
+
+def _whole_tiles(rows: NDArray[np.generic]) -> NDArray[np.generic]:
+    missing = -len(rows) % TILE_ROWS
+    if not missing:
+        return rows
+    return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)])
+
+
+def _runs(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(n_rows, n_in) bytes -> (n_tiles, n_in / 32, 8, 64), run by run."""
+    tiles, n_in = len(codes) // TILE_ROWS, codes.shape[1]
+    cut = codes.reshape(tiles, TILE_ROWS, n_in // RUN_INPUTS, 8, 4)
+    return cut.transpose(0, 2, 3, 1, 4).reshape(tiles, n_in // RUN_INPUTS, 8, 64)
+
+
+def _rows(runs: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The reverse of _runs."""
+    tiles, n_runs = runs.shape[:2]
+    cut = runs.reshape(tiles, n_runs, 8, TILE_ROWS, 4).transpose(0, 3, 1, 2, 4)
+    return cut.reshape(tiles * TILE_ROWS, n_runs * RUN_INPUTS)
+
+
+def pack_codes(
+    fmt: str,
+    codes: NDArray[np.uint8] | NDArray[np.int8],
+    scales: NDArray[np.float16],
+) -> NDArray[np.uint8]:
+    """Codes and scales of whole rows -> tiles (n_tiles, tile_bytes).
+
+    codes: (n_rows, n_in), uint8 0 to 15 for int4, int8 for int8; scales: (n_rows, n_groups).
+    """
+    n_groups = scales.shape[1]
+    group_size = codes.shape[1] // n_groups
+    whole = _whole_tiles(codes)
+    whole_scales = _whole_tiles(scales).reshape(-1, TILE_ROWS, n_groups).transpose(0, 2, 1)
+    tiles = len(whole_scales)
+    if fmt == "int4":
+        runs = _runs(whole.astype(np.uint8, copy=False))
+        body = runs[:, :, :4] | (runs[:, :, 4:] << 4)
+    else:
+        body = _runs(whole.view(np.uint8) ^ np.uint8(128))
+    blocks = np.empty((tiles, n_groups, block_bytes(fmt, group_size)), np.uint8)
+    blocks[..., :_SCALE_BYTES] = np.ascontiguousarray(whole_scales).view(np.uint8)
+    blocks[..., _SCALE_BYTES:] = body.reshape(tiles, n_groups, -1)
+    return blocks.reshape(tiles, -1)
+
+
+def unpack_codes(
+    fmt: str, tiles: NDArray[np.uint8], n_in: int, group_size: int
+) -> tuple[NDArray[np.uint8] | NDArray[np.int8], NDArray[np.float16]]:
+    """The reverse of pack_codes, with the filled-up rows: (16 n_tiles, n_in) and their scales."""
+    n_groups = n_in // group_size
+    blocks = tiles.reshape(len(tiles), n_groups, block_bytes(fmt, group_size))
+    scales = np.ascontiguousarray(blocks[..., :_SCALE_BYTES]).view(np.float16)
+    scales = scales.transpose(0, 2, 1).reshape(-1, n_groups)
+    body = blocks[..., _SCALE_BYTES:].reshape(len(tiles), n_in // RUN_INPUTS, -1, 64)
+    if fmt == "int4":
+        return _rows(np.concatenate([body & 0x0F, body >> 4], axis=2)), scales
+    return (_rows(body) ^ np.uint8(128)).view(np.int8), scales
+
+
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper halves of float32, rounded to nearest, ties to even; values are finite."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def pack_floats(fmt: str, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Whole rows (n_rows, n_in) -> bf16 or f32 tiles (n_tiles, tile_bytes)."""
+    values = to_bfloat16(rows) if fmt == "bf16" else rows
+    whole = _whole_tiles(values)
+    tiles = whole.reshape(-1, TILE_ROWS, rows.shape[1]).transpose(0, 2, 1)
+    return np.ascontiguousarray(tiles).view(np.uint8).reshape(len(tiles), -1)
+
+
+def unpack_floats(fmt: str, tiles: NDArray[np.uint8], n_in: int) -> NDArray[np.float32]:
+    """The reverse of pack_floats, with the filled-up rows: (16 n_tiles, n_in)."""
+    dtype = np.uint16 if fmt == "bf16" else np.float32
+    values = tiles.view(dtype).reshape(len(tiles), n_in, TILE_ROWS).transpose(0, 2, 1)
+    rows = np.ascontiguousarray(values).reshape(-1, n_in)
+    return from_bfloat16(rows) if fmt == "bf16" else rows

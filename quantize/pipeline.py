@@ -1,0 +1,193 @@
+"""The streaming conversion: one checkpoint in, one model file out, a few rows at a time."""
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize import grouping, modelfile, packing
+from quantize.checkpoint import Checkpoint, SourceTensor
+from quantize.errors import GemmaError
+from quantize.modelfile import Description, MatrixSpec
+from quantize.recipe import GROUP_SIZES, format_of
+
+_BLOCK_WEIGHTS = 1 << 21
+"""Weights converted at a time: bounds the memory that a conversion needs."""
+
+IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""The codebook of GGML's IQ4_NL blocks (llama.cpp, ggml-common.h, kvalues_iq4nl)."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is; bytes are those of the source."""
+
+    tensor: str
+    tensors_done: int
+    tensors: int
+    bytes_done: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    output: Path
+    bits_per_weight: float
+    bytes: int
+    sha256: str
+    seconds: float
+    peak_rss_mb: float
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A matrix as it will be written; `exact`: the source's own codes and scales are kept."""
+
+    name: str
+    spec: MatrixSpec
+    exact: bool
+
+
+def _exact_format(tensor: SourceTensor, fmt: str, group_size: int) -> bool:
+    """Whether the source's blocks go over code for code."""
+    if group_size != packing.RUN_INPUTS:
+        return False
+    return tensor.dtype in {"int4": ("Q4_0", "IQ4_NL"), "int8": ("Q4_0", "Q5_0", "Q8_0")}.get(
+        fmt, ()
+    )
+
+
+def plan(source: Checkpoint, bits: int, group_size: int = 32) -> list[PlannedTensor]:
+    """What every matrix becomes. Raises GemmaError for a matrix that the groups do not fit."""
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {group_size}")
+    planned = []
+    for name, (n_out, n_in) in modelfile.matrix_shapes(source.config).items():
+        tensor, fmt = source.tensors[name], format_of(name, bits)
+        grouped = fmt in ("int4", "int8")
+        if grouped and n_in % group_size:
+            raise GemmaError(
+                f"{source.path} has {n_in} inputs in {name}, which groups of {group_size} do not "
+                f"divide; choose another --group-size (one of {', '.join(map(str, GROUP_SIZES))})."
+            )
+        exact = _exact_format(tensor, fmt, group_size)
+        levels = IQ4_NL_LEVELS if exact and tensor.dtype == "IQ4_NL" else grouping.LINEAR_LEVELS
+        codebook = levels if fmt == "int4" else None
+        spec = MatrixSpec(fmt, n_out, n_in, group_size if grouped else 0, codebook)
+        planned.append(PlannedTensor(name, spec, exact))
+    return planned
+
+
+def _finite(values: NDArray[np.float32], name: str, path: Path) -> NDArray[np.float32]:
+    if not np.isfinite(values).all():
+        raise GemmaError(
+            f"{path} holds a value that is not a number or infinite in {name}; the checkpoint is "
+            "damaged, get it again."
+        )
+    return values
+
+
+def _tiles(
+    tensor: SourceTensor, planned: PlannedTensor, start: int, stop: int, path: Path
+) -> NDArray[np.uint8]:
+    """Rows start to stop of a matrix, as tiles."""
+    spec = planned.spec
+    if planned.exact:
+        grid = tensor.grid(start, stop)
+        if grid is None:
+            raise ValueError(f"{planned.name} has no grid")
+        _finite(grid.scales.astype(np.float32), planned.name, path)
+        if spec.format == "int8":
+            return packing.pack_codes("int8", grid.codes, grid.scales)
+        # IQ4_NL's codes are indices already; Q4_0's are -8 to 7.
+        first = 0 if tensor.dtype == "IQ4_NL" else 8
+        return packing.pack_codes("int4", (grid.codes + first).astype(np.uint8), grid.scales)
+    rows = _finite(tensor.rows(start, stop), planned.name, path)
+    if spec.format == "int4":
+        return packing.pack_codes("int4", *grouping.round_int4(rows, spec.group_size))
+    if spec.format == "int8":
+        return packing.pack_codes("int8", *grouping.round_int8(rows, spec.group_size))
+    return packing.pack_floats(spec.format, rows)
+
+
+def quantize(
+    source: Checkpoint,
+    output: Path,
+    *,
+    bits: int,
+    group_size: int = 32,
+    force: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Converts a checkpoint to a model file at `output`, which appears when it is complete.
+
+    bits: 4, 8, 16 or 32 a weight, as recipe.format_of distributes them. Raises GemmaError when
+    `output` exists without `force`, when it is the source, or when a weight is not finite.
+    """
+    started = time.perf_counter()
+    if output.exists():
+        if output.samefile(source.path):
+            raise GemmaError(f"{output} is the checkpoint itself; choose another output file.")
+        if not force:
+            raise GemmaError(f"{output} exists already; choose another name or add --force.")
+    planned = plan(source, bits, group_size)
+    norms = modelfile.norm_names(source.config)
+    total = sum(source.tensors[name].nbytes for name in [*norms, *(p.name for p in planned)])
+    groups = f", groups of {group_size}" if bits in (4, 8) else ""
+    description = Description(
+        config=source.config,
+        chat=source.chat,
+        sampling=source.sampling,
+        recipe=f"default, {bits} bits{groups}",
+        source=source.path.name,
+        tokenizer_model=source.tokenizer_model,
+        matrices={p.name: p.spec for p in planned},
+    )
+    done = 0
+
+    def report(name: str, tensors_done: int, n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        if progress:
+            progress(Progress(name, tensors_done, len(norms) + len(planned), done, total))
+
+    def parts(p: PlannedTensor, tensors_done: int) -> Iterator[NDArray[np.uint8]]:
+        tensor = source.tensors[p.name]
+        step = max(1, _BLOCK_WEIGHTS // p.spec.n_in // packing.TILE_ROWS) * packing.TILE_ROWS
+        for start in range(0, p.spec.n_out, step):
+            stop = min(start + step, p.spec.n_out)
+            yield _tiles(tensor, p, start, stop, source.path)
+            report(p.name, tensors_done, tensor.nbytes * (stop - start) // p.spec.n_out)
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with modelfile.create(output, description) as writer:
+            for i, name in enumerate(norms):
+                values = source.tensors[name].values()
+                writer.write(name, [_finite(values, name, source.path)])
+                report(name, i + 1, source.tensors[name].nbytes)
+            for i, p in enumerate(planned, len(norms)):
+                writer.write(p.name, parts(p, i))
+            report(planned[-1].name, len(norms) + len(planned), total - done)
+        with open(output, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise GemmaError(
+            f"{output} cannot be written ({error.strerror}); free some space or choose another "
+            "output with -o."
+        ) from error
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Summary(
+        output=output,
+        bits_per_weight=description.bits_per_weight,
+        bytes=output.stat().st_size,
+        sha256=sha256,
+        seconds=time.perf_counter() - started,
+        peak_rss_mb=peak / (1e6 if sys.platform == "darwin" else 1e3),
+    )
