@@ -1,0 +1,277 @@
+"""GGUF files, as llama.cpp writes them.
+
+The format is specified in ggml's docs/gguf.md: magic, version, counts; metadata; tensor infos; then
+the tensors, each padded to the alignment. It is parsed here because the gguf package takes half a
+minute over a vocabulary of 262,144 pieces and fails on a malformed file in ways of its own; that
+package dequantizes.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, cast
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from quantize.checkpoint.architecture import config_from_gguf
+from quantize.checkpoint.names import complete, from_gguf, text_tensors
+from quantize.checkpoint.sentencepiece_model import sentencepiece_from_gguf
+from quantize.checkpoint.source import (
+    IMAGES_NOTE,
+    Checkpoint,
+    Grid,
+    SourceTensor,
+    check_vocabulary,
+    map_file,
+    sampling_defaults,
+)
+from quantize.config import Fields
+from quantize.errors import GemmaError
+
+MAGIC = b"GGUF"
+IQ4_NL_LEVELS: Final = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8
+)
+"""ggml's codebook of the type IQ4_NL."""
+IQ4_NL_LEVELS.flags.writeable = False
+
+_SUPPORTED = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K"),
+    *("Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+)
+_ALIGNMENT = 32
+_MAX_DIMS = 4
+# The format's value types.
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", _BOOL: "u1"} | {
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GGUFTensor:
+    """A SourceTensor of any of ggml's types that are supported."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    data: NDArray[np.uint8]
+    """(n_rows, bytes of a row)"""
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows as float32, (stop - start, n_in)."""
+        raw = self.data[start:stop]
+        n_rows, row_bytes = raw.shape
+        # dequantize works on 16 rows at a time; blocks know no rows, so make short ones longer.
+        raw = np.ascontiguousarray(raw).reshape(-1, row_bytes * math.gcd(n_rows, 8))
+        wide = dequantize(raw, GGMLQuantizationType[self.dtype])
+        # F32 would be a view of the file.
+        wide = np.require(wide, requirements="W").reshape(n_rows, self.shape[-1])
+        return cast(NDArray[np.float32], wide)
+
+    def values(self) -> NDArray[np.float32]:
+        """A vector as float32; GGUF's norms have their 1 added."""
+        return self.rows(0, 1)[0]
+
+    def grid(self, start: int, stop: int) -> Grid | None:
+        """The codes and scales of rows, None unless the type is Q4_0, Q5_0, Q8_0 or IQ4_NL.
+
+        A block of 32 starts with its float16 scale. Of 4-bit codes, the low nibbles of 16 bytes are
+        the first half; of 5-bit ones, the fifth bits come before, as a uint32.
+        """
+        if self.dtype not in ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL"):
+            return None
+        raw = self.data[start:stop]
+        n_rows, n_blocks = len(raw), self.shape[-1] // 32
+        blocks = raw.reshape(n_rows, n_blocks, -1)
+        scales = np.ascontiguousarray(blocks[:, :, :2]).view("<f2").reshape(n_rows, n_blocks)
+        if self.dtype == "Q8_0":
+            codes = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8)
+            return Grid(codes.reshape(n_rows, -1), scales.astype(np.float16, copy=False))
+        codes = np.empty((n_rows, n_blocks, 32), dtype=np.int8)
+        nibbles = blocks[:, :, -16:]
+        np.bitwise_and(nibbles, 15, out=codes[:, :, :16].view(np.uint8))
+        np.right_shift(nibbles, 4, out=codes[:, :, 16:].view(np.uint8))
+        if self.dtype == "Q4_0":
+            codes -= 8
+        if self.dtype == "Q5_0":
+            fifth = np.unpackbits(blocks[:, :, 2:6], axis=-1, bitorder="little")
+            codes |= (fifth << 4).view(np.int8)
+            codes -= 16
+        return Grid(codes.reshape(n_rows, -1), scales.astype(np.float16, copy=False))
+
+
+class _Cursor:
+    """Reads a mapped file from its start, never past its end."""
+
+    def __init__(self, path: Path, file: NDArray[np.uint8]) -> None:
+        self.path = path
+        self.file = file.data
+        self.position = 0
+
+    def damaged(self, what: str) -> GemmaError:
+        return GemmaError(
+            f"{self.path} is not a whole GGUF file: {what}. It is damaged or was not fully"
+            " downloaded; get it again."
+        )
+
+    def take(self, size: int) -> memoryview:
+        end = self.position + size
+        if end > len(self.file):
+            raise self.damaged(f"{size} bytes are due at {self.position} of {len(self.file)}")
+        taken = self.file[self.position : end]
+        self.position = end
+        return taken
+
+    def u32(self) -> int:
+        return int.from_bytes(self.take(4), "little")
+
+    def u64(self) -> int:
+        return int.from_bytes(self.take(8), "little")
+
+    def string(self) -> str:
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """As many strings, each a length of 8 bytes and its UTF-8."""
+        file, position, end = self.file, self.position, len(self.file)
+        length = struct.Struct("<Q").unpack_from
+        strings = []
+        try:
+            for _ in range(count):
+                start = position + 8
+                position = start + length(file, position)[0]
+                if position > end:
+                    raise self.damaged(f"a string ends at {position} of {end}")
+                strings.append(str(file[start:position], "utf-8"))
+        except (struct.error, UnicodeDecodeError) as error:
+            raise self.damaged(f"there is no string at {position}") from error
+        self.position = position
+        return strings
+
+    def values(self, kind: int, count: int) -> list[object]:
+        if kind == _STRING:
+            return list(self.strings(count))
+        if kind not in _SCALARS:
+            raise self.damaged(f"there is no value type {kind}")
+        dtype = np.dtype(_SCALARS[kind])
+        numbers = np.frombuffer(self.take(count * dtype.itemsize), dtype)
+        if kind == _BOOL:
+            numbers = numbers != 0
+        return list(numbers.tolist())
+
+
+def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
+    """A file's metadata (arrays as lists) and its tensors by name, their bytes mapped.
+
+    Raises GemmaError unless the file is whole, without duplicates, and its tensors follow each
+    other in order, as llama.cpp demands too.
+    """
+    file = map_file(path)
+    cursor = _Cursor(path, file)
+    if file[:4].tobytes() != MAGIC:
+        raise cursor.damaged("it does not start with 'GGUF'")
+    cursor.take(4)
+    version = cursor.u32()
+    if version not in (2, 3):
+        raise GemmaError(
+            f"{path} is a GGUF file of version {version} (or big-endian); versions 2 and 3 are"
+            " supported, convert it with a current llama.cpp."
+        )
+    n_tensors, n_values = cursor.u64(), cursor.u64()
+
+    metadata: dict[str, object] = {}
+    for _ in range(n_values):
+        key = cursor.string()
+        if key in metadata:
+            raise cursor.damaged(f"it states {key!r} twice")
+        kind = cursor.u32()
+        if kind == _ARRAY:
+            kind, count = cursor.u32(), cursor.u64()
+            metadata[key] = cursor.values(kind, count)
+        else:
+            metadata[key] = cursor.values(kind, 1)[0]
+    if Fields(metadata, str(path)).integer("split.count", 1) > 1:
+        raise GemmaError(
+            f"{path} is a part of a split GGUF file, which is not supported; join the parts with"
+            " llama.cpp's llama-gguf-split --merge."
+        )
+    alignment = Fields(metadata, str(path)).integer("general.alignment", _ALIGNMENT)
+    if alignment == 0 or alignment & (alignment - 1):
+        raise cursor.damaged(f"its alignment is {alignment}")
+
+    infos = []
+    for _ in range(n_tensors):
+        name, n_dims = cursor.string(), cursor.u32()
+        if n_dims > _MAX_DIMS:
+            raise cursor.damaged(f"{name!r} has {n_dims} dimensions")
+        # The innermost dimension comes first in the file.
+        shape = tuple(cursor.u64() for _ in range(n_dims))[::-1]
+        infos.append((name, shape, cursor.u32(), cursor.u64()))
+
+    data = file[-(-cursor.position // alignment) * alignment :]
+    tensors: dict[str, GGUFTensor] = {}
+    end = 0
+    for name, shape, kind, start in infos:
+        if name in tensors:
+            raise cursor.damaged(f"it holds {name!r} twice")
+        if kind not in GGMLQuantizationType.__members__.values():
+            raise cursor.damaged(f"{name!r} is of the unknown type {kind}")
+        dtype = GGMLQuantizationType(kind)
+        block_size, block_bytes = GGML_QUANT_SIZES[dtype]
+        n_in = shape[-1] if shape else 1
+        if n_in % block_size or 0 in shape:
+            raise cursor.damaged(f"{name!r} of type {dtype.name} has the shape {shape}")
+        row_bytes = n_in // block_size * block_bytes
+        nbytes = math.prod(shape[:-1]) * row_bytes
+        if start != end or start + nbytes > data.size:
+            raise cursor.damaged(
+                f"{name!r} lies at {start} to {start + nbytes} of {data.size} bytes, the tensors"
+                f" before it take {end}"
+            )
+        rows = data[start : start + nbytes].reshape(-1, row_bytes)
+        tensors[name] = GGUFTensor(name, shape, dtype.name, nbytes, rows)
+        end = start + -(-nbytes // alignment) * alignment
+    return metadata, tensors
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """A GGUF file. Raises GemmaError if it is damaged, not Gemma or of an unsupported type."""
+    metadata, found = read_gguf(path)
+    embedding = found.get("token_embd.weight")
+    vocab_size = embedding.shape[0] if embedding and embedding.shape else 1
+    config = config_from_gguf(metadata, str(path), vocab_size=vocab_size)
+    ours, has_images = text_tensors(found, from_gguf, str(path))
+    tensors: dict[str, SourceTensor] = {}
+    for our_name, name in ours.items():
+        tensor = found[name]
+        if tensor.dtype not in _SUPPORTED:
+            raise GemmaError(
+                f"{path} holds {name!r} as {tensor.dtype}, which is not supported; use a file with"
+                " another quantization, for instance Q4_K_M or Q8_0."
+            )
+        tensors[our_name] = tensor
+    tensors = complete(tensors, config, str(path))
+    tokenizer_model = sentencepiece_from_gguf(metadata, str(path))
+    check_vocabulary(tokenizer_model, config.vocab_size, str(path))
+    keys = {
+        "temperature": "general.sampling.temp",
+        "top_k": "general.sampling.top_k",
+        "top_p": "general.sampling.top_p",
+    }
+    return Checkpoint(
+        path=path,
+        config=config,
+        tensors=tensors,
+        tokenizer_model=tokenizer_model,
+        chat="gemma" if metadata.get("tokenizer.chat_template") else "base",
+        sampling=sampling_defaults(Fields(metadata, str(path)), keys),
+        notes=(IMAGES_NOTE,) if has_images else (),
+    )

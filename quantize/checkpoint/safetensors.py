@@ -1,0 +1,261 @@
+"""Hugging Face folders: config.json, safetensors files, a tokenizer.
+
+The format is at https://huggingface.co/docs/safetensors: 8 bytes with the header's length, a JSON
+header, then the tensors' bytes without holes. It is parsed here because numpy has no bfloat16, so
+that the safetensors package cannot hand out what most checkpoints hold.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize.checkpoint.architecture import config_from_hf
+from quantize.checkpoint.names import complete, from_hugging_face, text_tensors
+from quantize.checkpoint.sentencepiece_model import (
+    control_pieces_as_control,
+    sentencepiece_from_tokenizer_json,
+)
+from quantize.checkpoint.source import (
+    IMAGES_NOTE,
+    Checkpoint,
+    Grid,
+    check_vocabulary,
+    map_file,
+    read_file,
+    sampling_defaults,
+)
+from quantize.config import Fields, parse_json_object
+from quantize.errors import GemmaError
+
+_MAX_HEADER = 100_000_000
+_MAX_DIMS = 8
+_ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+_NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Entry:
+    """A tensor of a safetensors file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+    """Its bytes, a view of the mapped file."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SafetensorsTensor:
+    """A SourceTensor of 2 dimensions (or 1) in BF16, F16 or F32."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    data: NDArray[np.generic]
+    """Of that shape; BF16 as uint16."""
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows as float32, (stop - start, n_in)."""
+        return self._widen(self.data[start:stop])
+
+    def values(self) -> NDArray[np.float32]:
+        """A norm as it is applied: Gemma multiplies by 1 + w, and Hugging Face keeps w."""
+        return np.float32(1) + self._widen(self.data)
+
+    def grid(self, start: int, stop: int) -> Grid | None:
+        """None: these are no blocks."""
+        return None
+
+    def _widen(self, data: NDArray[np.generic]) -> NDArray[np.float32]:
+        if self.dtype == "BF16":
+            # A bfloat16 is the upper half of a float32.
+            wide = np.left_shift(data, 16, dtype=np.uint32)
+            return cast(NDArray[np.float32], wide.view(np.float32))
+        return data.astype(np.float32)
+
+
+def read_safetensors(path: Path) -> dict[str, Entry]:
+    """The tensors of one file by name, their bytes mapped.
+
+    Raises GemmaError unless the header is what the specification asks for and the tensors tile the
+    rest of the file.
+    """
+    file = map_file(path)
+
+    def damaged(what: str) -> GemmaError:
+        return GemmaError(
+            f"{path} is not a whole safetensors file: {what}. It is damaged or was not fully"
+            " downloaded; get it again."
+        )
+
+    if file.size < 8:
+        raise damaged(f"it ends after {file.size} bytes")
+    header_size = int.from_bytes(file[:8].tobytes(), "little")
+    if not 2 <= header_size <= min(_MAX_HEADER, file.size - 8):
+        raise damaged(f"its header claims {header_size} bytes of a file of {file.size}")
+    header_bytes = file[8 : 8 + header_size].tobytes()
+    if not header_bytes.startswith(b"{"):
+        raise damaged("its header does not start with '{'")
+    header = parse_json_object(header_bytes, f"The header of {path}")
+    header.pop("__metadata__", None)
+    buffer = file[8 + header_size :]
+
+    spans: list[tuple[int, int, str]] = []
+    entries: dict[str, Entry] = {}
+    for name, value in header.items():
+        match value:
+            case {"dtype": str(dtype), "shape": list(dims), "data_offsets": [int(), int()] as span}:
+                start, stop = span
+            case _:
+                raise damaged(f"the header's entry of {name!r} is malformed")
+        if len(dims) > _MAX_DIMS or not all(
+            type(n) is int and 0 <= n < 2**63 for n in (*dims, start, stop)
+        ):
+            raise damaged(f"{name!r} has an impossible shape or offset")
+        if not start <= stop <= buffer.size:
+            raise damaged(f"{name!r} lies at {start} to {stop} of {buffer.size} bytes")
+        if dtype in _ITEM_BYTES and math.prod(dims) * _ITEM_BYTES[dtype] != stop - start:
+            raise damaged(f"{name!r} has {stop - start} bytes for {dims} of {dtype}")
+        spans.append((start, stop, name))
+        entries[name] = Entry(path, dtype, tuple(dims), buffer[start:stop])
+
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise damaged(f"{name!r} starts at {start} where the tensor before it ends at {end}")
+        end = stop
+    if end != buffer.size:
+        raise damaged(f"its tensors end at {end} of {buffer.size} bytes")
+    return entries
+
+
+def open_hugging_face(folder: Path, file: Path | None = None) -> Checkpoint:
+    """A Hugging Face folder, or one of its safetensors files with the folder's other files.
+
+    Raises GemmaError if anything needed is absent, damaged or not Gemma.
+    """
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise GemmaError(
+            f"{folder} holds no config.json; give the folder of a Gemma checkpoint from Hugging"
+            " Face, or a .gguf file."
+        )
+    where = str(config_path)
+    raw = parse_json_object(read_file(config_path), where)
+    config = config_from_hf(raw, where)
+
+    entries = _read_weights(folder, file)
+    source = str(file or folder)
+    ours, has_images = text_tensors(
+        entries, lambda name: from_hugging_face(name, config.generation), source
+    )
+    tensors = complete(
+        {our_name: _tensor(name, entries[name]) for our_name, name in ours.items()}, config, source
+    )
+    tokenizer_model = _read_vocabulary(folder)
+    check_vocabulary(tokenizer_model, config.vocab_size, str(folder))
+    return Checkpoint(
+        path=file or folder,
+        config=config,
+        tensors=tensors,
+        tokenizer_model=tokenizer_model,
+        chat="gemma" if _has_chat_template(folder) else "base",
+        sampling=_read_sampling(folder),
+        notes=(IMAGES_NOTE,) if has_images or "vision_config" in raw else (),
+    )
+
+
+def _tensor(name: str, entry: Entry) -> SafetensorsTensor:
+    if entry.dtype not in _NUMPY:
+        raise GemmaError(
+            f"{entry.path} holds {name!r} as {entry.dtype}, which is not supported; use a"
+            " checkpoint in BF16, F16 or F32."
+        )
+    data = entry.data.view(_NUMPY[entry.dtype]).reshape(entry.shape)
+    return SafetensorsTensor(name, entry.shape, entry.dtype, entry.data.size, data)
+
+
+def _read_weights(folder: Path, file: Path | None) -> Mapping[str, Entry]:
+    """All tensors, of one file or of the shards that an index lists."""
+    single = file or folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    shard_of = _read_index(index) if index.is_file() else {}
+    if file and file.name not in shard_of.values():
+        return read_safetensors(file)
+    if not file and single.is_file():
+        return read_safetensors(single)
+    if not shard_of:
+        raise GemmaError(
+            f"{folder} holds no model.safetensors and no model.safetensors.index.json; give the"
+            " folder of a complete Gemma checkpoint in the safetensors format."
+        )
+    shards = {shard: read_safetensors(folder / shard) for shard in sorted(set(shard_of.values()))}
+    entries: dict[str, Entry] = {}
+    for name, shard in shard_of.items():
+        if name not in shards[shard]:
+            raise GemmaError(
+                f"{folder / shard} lacks the tensor {name!r} that {index.name} places in it; get"
+                " both files again."
+            )
+        entries[name] = shards[shard][name]
+    return entries
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor names to the files, in the index's own folder, that hold them."""
+    weight_map = Fields(parse_json_object(read_file(path), str(path)), str(path)).mapping(
+        "weight_map"
+    )
+    for name, shard in weight_map.values.items():
+        # A path could lead out of the folder.
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+            raise GemmaError(
+                f"{path} places {name!r} in {shard!r}, which is not the plain name of a"
+                " .safetensors file; get the checkpoint from its original source."
+            )
+    return {name: str(shard) for name, shard in weight_map.values.items()}
+
+
+def _read_vocabulary(folder: Path) -> bytes:
+    model, converted = folder / "tokenizer.model", folder / "tokenizer.json"
+    if model.is_file():
+        return control_pieces_as_control(read_file(model), str(model))
+    if converted.is_file():
+        return sentencepiece_from_tokenizer_json(converted)
+    raise GemmaError(
+        f"{folder} holds no tokenizer.model and no tokenizer.json; add the one that belongs to the"
+        " checkpoint."
+    )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether there is one. It is never rendered: a template is a program."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(
+        parse_json_object(read_file(path), str(path)).get("chat_template")
+    )
+
+
+def _read_sampling(folder: Path) -> dict[str, float]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    names = {name: name for name in ("temperature", "top_k", "top_p")}
+    return sampling_defaults(
+        Fields(parse_json_object(read_file(path), str(path)), str(path)), names
+    )

@@ -1,0 +1,116 @@
+"""What every reader of a checkpoint hands on, whatever the kind of file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from sentencepiece import SentencePieceProcessor
+
+from quantize.config import MAX_INTEGER, Fields, GemmaConfig
+from quantize.errors import GemmaError
+
+IMAGES_NOTE = "The checkpoint can see images too; only its text model is read, images are not read."
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows of a matrix exactly as the source's blocks of 32 hold them.
+
+    A weight is scale * code, or scale * IQ4_NL_LEVELS[code] in an IQ4_NL tensor.
+    """
+
+    codes: NDArray[np.int8]
+    """(n_rows, n_in)"""
+    scales: NDArray[np.float16]
+    """(n_rows, n_in // 32)"""
+
+
+class SourceTensor(Protocol):
+    """A tensor in a mapped file; nothing is read before it is asked for."""
+
+    @property
+    def name(self) -> str:
+        """The source's own name, for messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n_out, n_in) of a matrix, (n,) of a vector."""
+
+    @property
+    def dtype(self) -> str:
+        """The source type's name: "BF16", "F32", "Q4_0", …"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the source."""
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows of a matrix as float32, (stop - start, n_in)."""
+
+    def values(self) -> NDArray[np.float32]:
+        """A vector as float32; a norm's as it is applied."""
+
+    def grid(self, start: int, stop: int) -> Grid | None:
+        """Rows of a Q4_0 (codes -8 to 7), Q5_0 (-16 to 15), Q8_0 (-128 to 127) or IQ4_NL matrix
+        (codes 0 to 15); None for other types."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, opened: complete, and every tensor of the shape that its config asks for."""
+
+    path: Path
+    config: GemmaConfig
+    tensors: Mapping[str, SourceTensor]
+    """By our names, see `names`, in the order of the layers."""
+    tokenizer_model: bytes
+    """A serialized SentencePiece ModelProto."""
+    chat: str
+    """"gemma" (the turns of Gemma 1 to 3) or "base"."""
+    sampling: Mapping[str, float]
+    """The checkpoint's own defaults, of temperature, top_k and top_p those that it has."""
+    notes: tuple[str, ...]
+    """Sentences for the user."""
+
+
+def map_file(path: Path) -> NDArray[np.uint8]:
+    """The file's bytes, mapped read-only. Raises GemmaError if it cannot be read or is empty."""
+    # A pipe or a device would block or have no end.
+    if not path.is_file():
+        reason = "is not a file" if path.exists() else "does not exist"
+        raise GemmaError(f"{path} {reason}; check the path.")
+    try:
+        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise GemmaError(f"{path} cannot be read ({reason}); check the file.") from error
+
+
+def read_file(path: Path) -> bytes:
+    """The whole of a small file. Raises GemmaError if it cannot be read."""
+    return map_file(path).tobytes()
+
+
+def check_vocabulary(model: bytes, vocab_size: int, where: str) -> None:
+    """Raises GemmaError if a SentencePiece model has more pieces than the embedding has rows."""
+    n_pieces = SentencePieceProcessor(model_proto=model).vocab_size()
+    if n_pieces > vocab_size:
+        raise GemmaError(
+            f"The vocabulary of {where} has {n_pieces} pieces, its embedding {vocab_size} rows;"
+            " use the one that belongs to the checkpoint."
+        )
+
+
+def sampling_defaults(fields: Fields, keys: Mapping[str, str]) -> dict[str, float]:
+    """Those that are stated of temperature, top_k and top_p; `keys`: how the source spells them."""
+    limits = {"temperature": 1e3, "top_k": float(MAX_INTEGER), "top_p": 1.0}
+    sampling: dict[str, float] = {}
+    for name, key in keys.items():
+        if fields.values.get(key) is not None:
+            sampling[name] = fields.number(key)
+            if not 0 <= sampling[name] <= limits[name]:
+                raise fields.wrong(key, f"a number of 0 to {limits[name]:g}")
+    return sampling
