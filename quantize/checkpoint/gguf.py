@@ -10,7 +10,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -73,12 +73,11 @@ class GGUFTensor:
         raw = np.ascontiguousarray(raw).reshape(-1, row_bytes * math.gcd(n_rows, 8))
         wide = dequantize(raw, GGMLQuantizationType[self.dtype])
         # F32 would be a view of the file.
-        wide = np.require(wide, requirements="W").reshape(n_rows, self.shape[-1])
-        return cast(NDArray[np.float32], wide)
+        return np.require(wide, requirements="W").reshape(n_rows, self.shape[-1])
 
     def values(self) -> NDArray[np.float32]:
         """A vector as float32; GGUF's norms have their 1 added."""
-        return self.rows(0, 1)[0]
+        return self.rows(0, 1).reshape(-1)
 
     def grid(self, start: int, stop: int) -> Grid | None:
         """The codes and scales of rows, None unless the type is Q4_0, Q5_0, Q8_0 or IQ4_NL.
