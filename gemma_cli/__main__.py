@@ -1,0 +1,5 @@
+"""`python -m gemma_cli`"""
+
+from gemma_cli.cli.main import main
+
+main()

@@ -1,0 +1,132 @@
+"""An answer as it grows: ids to text, stop texts, the reason for its end, and its timing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from gemma_cli.generation import FinishReason, generate
+from gemma_cli.text.chat import stop_ids
+from gemma_cli.text.stream import StreamDecoder
+
+if TYPE_CHECKING:
+    from gemma_cli.runtime import KVCache, Model
+    from gemma_cli.sampling import Sampler
+    from gemma_cli.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer. `text` and `ids` grow while it is made; times are in seconds."""
+
+    prompt_tokens: int
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    prefilled: int = 0  # prompt tokens computed, that is: not found in the cache
+    prefill_s: float = 0.0  # up to and with the first sampled id
+    decode_s: float = 0.0
+
+    @property
+    def prefill_tok_s(self) -> float:
+        return self.prefilled / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Ids after the first, which comes out of the prefill, in a second."""
+        return max(0, len(self.ids) - 1) / self.decode_s if self.decode_s else 0.0
+
+
+class StopTexts:
+    """Finds the first of some texts in a stream of pieces, across their borders."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = [stop for stop in stops if stop]
+        self.found = False
+        self._held = ""  # could be the beginning of a stop text
+
+    def push(self, piece: str) -> str:
+        """Returns what is certain to stand before any stop text."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        starts = [start for start in map(text.find, self.stops) if start >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return text[: min(starts)]
+        held = max((overlap(text, stop) for stop in self.stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """Returns what was held back: no stop text came of it."""
+        text, self._held = self._held, ""
+        return text
+
+
+def overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`."""
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)
+
+
+def respond(
+    model: Model,
+    tokenizer: Tokenizer,
+    cache: KVCache,
+    prompt_ids: Sequence[int],
+    sample: Sampler,
+    *,
+    emit: Callable[[str], None],
+    stops: Sequence[str] = (),
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Answer:
+    """Makes one answer and gives its text to `emit` piece by piece.
+
+    Ctrl-C ends the answer, not the program: `finish_reason` is then "interrupted", and the cache
+    holds a beginning of `prompt_ids` + `ids`. Raises what `generate` raises.
+    """
+    answer = Answer(len(prompt_ids), prefilled=len(prompt_ids) - cache.length)
+    decoder, watch = StreamDecoder(tokenizer), StopTexts(stops)
+
+    def say(piece: str) -> None:
+        if piece:
+            answer.text += piece
+            emit(piece)
+
+    ids = generate(
+        model,
+        cache,
+        prompt_ids,
+        sample,
+        stop_ids(tokenizer),
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    started = perf_counter()
+    try:
+        while True:
+            try:
+                token = next(ids)
+            except StopIteration as end:
+                answer.finish_reason = end.value
+                break
+            finally:
+                now = perf_counter()
+                if not answer.prefill_s:
+                    answer.prefill_s = now - started
+                else:
+                    answer.decode_s = now - started - answer.prefill_s
+            answer.ids.append(token)
+            say(watch.push(decoder.push(token)))
+            if watch.found:
+                answer.finish_reason = "stop"
+                break
+    except KeyboardInterrupt:
+        answer.finish_reason = "interrupted"
+    say(watch.push(decoder.flush()))
+    say(watch.flush())
+    return answer

@@ -1,0 +1,111 @@
+"""What `run` and `chat` share: making one answer and printing it in the form asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gemma_cli.cli import output
+from quantize.errors import GemmaError
+
+if TYPE_CHECKING:
+    from gemma_cli.answer import Answer
+    from gemma_cli.cli.loading import Loaded
+    from gemma_cli.runtime import KVCache
+    from gemma_cli.sampling import Sampler
+    from quantize.modelfile import ModelFile
+
+RAW_TOKENS = 256  # a base model rarely ends by itself
+
+
+def make_sampler(file: ModelFile, given: Mapping[str, Any]) -> Sampler:
+    """From the options given, else the model file's defaults, else Gemma's."""
+    from gemma_cli.sampling import Sampling, sampler
+
+    types: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float}
+    try:
+        defaults = {name: types[name](x) for name, x in file.sampling.items() if name in types}
+        return sampler(Sampling(**{**defaults, **given}))
+    except (TypeError, ValueError) as error:
+        raise GemmaError(
+            f"{file.path} has sampling defaults that cannot be used ({error}); convert the "
+            "checkpoint again."
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How answers are printed."""
+
+    json: bool
+    ndjson: bool
+    stats: bool
+    newline: bool  # after an answer; it is not the model's
+
+    def piece(self, text: str) -> None:
+        if self.ndjson:
+            output.write_json({"token": text})
+        elif not self.json:
+            output.write(text)
+
+    def end(self, answer: Answer, load_s: float) -> None:
+        """Prints what comes after the pieces."""
+        if self.json or self.ndjson:
+            output.write_json(as_json(answer, load_s))
+        elif self.newline:
+            output.write("\n")
+        if self.stats:
+            output.note(
+                f"loaded in {load_s:.2f} s; prompt: {answer.prefilled} tokens in "
+                f"{answer.prefill_s:.2f} s ({answer.prefill_tok_s:.1f}/s); answer: "
+                f"{len(answer.ids)} tokens in {answer.decode_s:.2f} s "
+                f"({answer.decode_tok_s:.1f}/s); {answer.finish_reason}"
+            )
+
+
+def as_json(answer: Answer, load_s: float) -> dict[str, object]:
+    return {
+        "text": answer.text,
+        "ids": answer.ids,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": len(answer.ids),
+        "finish_reason": answer.finish_reason,
+        "stats": {
+            "load_s": load_s,
+            "prefill_s": answer.prefill_s,
+            "prefill_tok_s": answer.prefill_tok_s,
+            "decode_s": answer.decode_s,
+            "decode_tok_s": answer.decode_tok_s,
+            "first_token_s": load_s + answer.prefill_s,
+        },
+    }
+
+
+def answer_prompt(
+    loaded: Loaded,
+    cache: KVCache,
+    prompt_ids: Sequence[int],
+    sample: Sampler,
+    form: Form,
+    *,
+    stops: Sequence[str],
+    max_tokens: int | None,
+) -> Answer:
+    """Makes and prints one answer, with a progress bar if reading the prompt takes a while."""
+    from gemma_cli.answer import respond
+
+    # A prompt of one chunk is read before a bar could move.
+    new = len(prompt_ids) - cache.length
+    with output.progress_bar("Reading the prompt", new, shown=new > loaded.model.chunk_size) as bar:
+        return respond(
+            loaded.model,
+            loaded.tokenizer,
+            cache,
+            prompt_ids,
+            sample,
+            emit=form.piece,
+            stops=stops,
+            max_tokens=max_tokens,
+            progress=bar,
+        )

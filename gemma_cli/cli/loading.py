@@ -1,0 +1,109 @@
+"""From `-m` to a model that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from gemma_cli.cli import output
+from gemma_cli.models import find_model
+from quantize.errors import GemmaError
+
+if TYPE_CHECKING:
+    from gemma_cli.runtime import Model
+    from gemma_cli.text.tokenizer import Tokenizer
+    from quantize.modelfile import ModelFile
+
+DEFAULT_CONTEXT = 4096
+ROOM_FOR_ANSWER = 1024  # beyond a prompt that makes the context longer than its default
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    file: ModelFile
+    tokenizer: Tokenizer
+    model: Model
+
+
+def open_model(name: str | None) -> ModelFile:
+    from quantize.modelfile import ModelFile
+
+    return ModelFile.open(find_model(name))
+
+
+def load_tokenizer(file: ModelFile) -> Tokenizer:
+    from gemma_cli.text.tokenizer import Tokenizer
+
+    return Tokenizer(file.tokenizer_model)
+
+
+def load_model(file: ModelFile, threads: int | None) -> Model:
+    """Compiles the kernels first if this machine has not done so yet."""
+    from gemma_cli.runtime import Model
+    from gemma_cli.runtime.compilation import needs_compiling
+
+    model = Model(file, threads)
+    if needs_compiling():
+        with output.waiting("Compiling for this CPU: once, up to half a minute."):
+            model.forward([0], model.new_cache(1))
+    return model
+
+
+def load(name: str | None, threads: int | None) -> Loaded:
+    """Opens a model file; the tokenizer loads while the kernels do."""
+    file = open_model(name)
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(load_tokenizer, file)
+        model = load_model(file, threads)
+        return Loaded(file, tokenizer.result(), model)
+
+
+def check_context(file: ModelFile, tokens: int, option: str) -> None:
+    """Raises a usage error if the model cannot have a context of so many tokens."""
+    longest = file.config.context_length
+    if tokens > longest:
+        raise typer.BadParameter(
+            f"{file.path.name} has a context of at most {longest} tokens.", param_hint=option
+        )
+
+
+def context_size(file: ModelFile, asked: int | None, needed: int = 0) -> int:
+    """The context's capacity in tokens: what was asked for, else enough for what is needed."""
+    if asked is None:
+        return min(max(DEFAULT_CONTEXT, needed), file.config.context_length)
+    check_context(file, asked, "--context")
+    return asked
+
+
+def wants_chat(file: ModelFile, chat: bool | None, system: str | None) -> bool:
+    """Whether to chat or to go on with the text; a usage error if that leaves no place for
+    --system."""
+    chosen = file.chat != "base" if chat is None else chat
+    if system and not chosen:
+        reason = "--raw has none" if chat is False else f"{file.path.name} is a base model"
+        raise typer.BadParameter(
+            f"A system text needs the turns of a chat: {reason}.", param_hint="--system"
+        )
+    return chosen
+
+
+def read_files(paths: Sequence[Path]) -> list[str]:
+    """The files' texts, bytes that are not UTF-8 kept as surrogates."""
+    try:
+        return [path.read_bytes().decode("utf-8", "surrogateescape") for path in paths]
+    except OSError as error:
+        raise GemmaError(f"{error.filename} cannot be read: {error.strerror}.") from None
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, system: str | None, chat: bool) -> list[int]:
+    """The ids of the first turn of a chat, or of a text to go on with."""
+    from gemma_cli.text.chat import Turn, chat_prompt, raw_prompt
+
+    if chat:
+        return chat_prompt(tokenizer, [Turn("user", text)], system)
+    return raw_prompt(tokenizer, text)

@@ -1,0 +1,87 @@
+"""The program: its commands, and the one place where failures become sentences and statuses."""
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from gemma_cli import __version__
+from gemma_cli.cli import bench, chat, evaluate, inspect, models, output, quantize, run, tokenize
+from gemma_cli.generation import PromptTooLong
+from quantize.errors import GemmaError
+
+app = typer.Typer(
+    name="gemma-cli",
+    help="Run Google's Gemma on ordinary CPUs.",
+    epilog="Start with: gemma-cli quantize demo, then: gemma-cli run 'The capital of France is'",
+    no_args_is_help=True,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quantize")(quantize.quantize)
+app.command("run")(run.run)
+app.command("chat")(chat.chat)
+app.command("bench")(bench.bench)
+app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("tokenize")(tokenize.tokenize)
+app.command("models")(models.models)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        output.write(f"gemma-cli {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line and exits with a status of the contract (0, 1, 2, 3, 130, 141)."""
+    _prepare_streams()
+    try:
+        app()
+    except GemmaError as error:
+        output.note(f"gemma-cli: {error}")
+        sys.exit(3 if isinstance(error, PromptTooLong) else 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        output.note(f"gemma-cli: {where}{error.strerror or error}.")
+        sys.exit(1)
+    except MemoryError:
+        output.note("gemma-cli: There is not enough memory; try a smaller -c/--context.")
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("GEMMA_CLI_TRACEBACK"):
+            raise
+        output.note(
+            f"gemma-cli: This is an error of gemma-cli itself ({type(error).__name__}: {error}). "
+            "Please report it with what GEMMA_CLI_TRACEBACK=1 shows."
+        )
+        sys.exit(1)
+
+
+def _prepare_streams() -> None:
+    """UTF-8 whatever the locale, bytes that are not UTF-8 kept, and a quiet end when the reader
+    of our output is gone."""
+    # A stream that the caller closed (`>&-`) is None.
+    null = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (open to the end)
+    sys.stdin, sys.stdout, sys.stderr = sys.stdin or null, sys.stdout or null, sys.stderr or null
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    if hasattr(signal, "SIGPIPE"):
+        # Not an exception: it would have to be kept from Typer, and Python would flush the
+        # closed pipe once more at its end, and complain.
+        signal.signal(signal.SIGPIPE, lambda *_: os._exit(141))

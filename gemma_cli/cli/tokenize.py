@@ -1,0 +1,44 @@
+"""gemma-cli tokenize: the ids and pieces of a text."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from gemma_cli.cli import loading, options, output
+
+
+def tokenize(
+    text: Annotated[
+        str | None, typer.Argument(metavar="[TEXT]", help="Default: standard input, if piped.")
+    ] = None,
+    model: options.ModelName = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="The whole prompt of a chat's first turn, as the model sees it."
+        ),
+    ] = False,
+    system: options.System = None,
+    json: options.Json = False,
+) -> None:
+    """Show the ids and pieces of a text, one to a line; BOS comes with --chat only."""
+    if text is None:
+        if sys.stdin.isatty():
+            raise typer.BadParameter(
+                "There is no text: give it as an argument or on standard input.",
+                param_hint="TEXT",
+            )
+        text = sys.stdin.read()
+    if system and not chat:
+        raise typer.BadParameter("A system text needs --chat.", param_hint="--system")
+    tokenizer = loading.load_tokenizer(loading.open_model(model))
+    ids = loading.prompt_ids(tokenizer, text, system, chat=True) if chat else tokenizer.encode(text)
+    pieces = [tokenizer.piece(token) for token in ids]
+    if json:
+        output.write_json({"ids": ids, "pieces": pieces})
+    elif ids:
+        width = len(str(tokenizer.vocab_size))
+        # A piece can be a newline; shown as Python spells it, it stays on its line.
+        shown = (piece if piece.isprintable() else repr(piece)[1:-1] for piece in pieces)
+        output.write("".join(f"{i:>{width}}  {p}\n" for i, p in zip(ids, shown, strict=True)))

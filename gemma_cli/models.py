@@ -1,0 +1,72 @@
+"""Where model files live, and which one `-m` means."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantize.errors import GemmaError
+
+SUFFIX = ".safetensors"
+HOW_TO_GET_ONE = (
+    "make one with `gemma-cli quantize SOURCE`, or try `gemma-cli quantize demo` "
+    "(after `pip install 'gemma-cli[demo]'`)"
+)
+
+
+def models_folder() -> Path:
+    """`$GEMMA_CLI_HOME/models`, else `models` in the platform's folder for user data."""
+    if home := os.environ.get("GEMMA_CLI_HOME"):
+        return Path(home) / "models"
+    import platformdirs  # noqa: PLC0415 (not needed by most commands)
+
+    return platformdirs.user_data_path("gemma-cli", appauthor=False) / "models"
+
+
+def cache_folder() -> Path:
+    """`$GEMMA_CLI_HOME/cache`, else the platform's folder for what can be made again."""
+    if home := os.environ.get("GEMMA_CLI_HOME"):
+        return Path(home) / "cache"
+    import platformdirs  # noqa: PLC0415
+
+    return platformdirs.user_cache_path("gemma-cli", appauthor=False)
+
+
+def list_models() -> list[Path]:
+    """The model files in the models folder, by name; hidden files are other programs' or ours
+    in the making."""
+    found = models_folder().glob("*" + SUFFIX)
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def find_model(model: str | None) -> Path:
+    """The file that `-m` means: a path, a name in the models folder, or (for None) the only one.
+
+    Raises `GemmaError`, which says what there is to choose from.
+    """
+    models = list_models()
+    if not model:
+        if len(models) == 1:
+            return models[0]
+        if not models:
+            raise GemmaError(f"There is no model in {models_folder()} yet: {HOW_TO_GET_ONE}.")
+        raise GemmaError(
+            f"There are {len(models)} models in {models_folder()}: choose one with -m, or set "
+            f"GEMMA_CLI_MODEL ({names(models)})."
+        )
+    path = Path(model)
+    if path.is_file():
+        return path
+    for known in models:
+        if model in {known.name, known.stem}:
+            return known
+    if path.is_dir():
+        raise GemmaError(
+            f"{path} is a folder, not a model file: if it is a checkpoint, convert it first with "
+            f"`gemma-cli quantize {path}`."
+        )
+    choice = f"it has {names(models)}" if models else f"it is empty; {HOW_TO_GET_ONE}"
+    raise GemmaError(f"{model} is neither a file nor a model in {models_folder()}, where {choice}.")
+
+
+def names(models: Sequence[Path]) -> str:
+    return ", ".join(model.stem for model in models)

@@ -1,0 +1,152 @@
+"""Logits to one token id: repeat penalty, top-k, temperature, top-p, min-p, and a draw.
+
+The order is Hugging Face's: the temperature acts before top-p and min-p, so a higher one keeps
+more tokens. (llama.cpp applies it last. Top-k is the same before or after it.)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize.errors import GemmaError
+
+Sampler = Callable[[NDArray[np.float32], Sequence[int]], int]
+
+REPEAT_WINDOW = 64  # tokens that the repeat penalty looks back on, as in llama.cpp
+BLOCK = 256  # logits for each maximum in the search for the largest ones
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen; the defaults are those recommended for Gemma.
+
+    Raises `ValueError` for a value out of its range.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 64  # 0 keeps all
+    top_p: float = 0.95  # 1 keeps all
+    min_p: float = 0.0  # 0 keeps all
+    repeat_penalty: float = 1.0  # 1 is none
+    seed: int | None = None  # None is a different draw each time
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError("the temperature must be 0 or more")
+        if self.top_k < 0:
+            raise ValueError("top-k must be 0 (keep all) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError("top-p must be more than 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError("min-p must be between 0 and 1")
+        if not (math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0):
+            raise ValueError("the repeat penalty must be more than 0")
+        if self.seed is not None and self.seed < 0:
+            raise ValueError("the seed must be 0 or more")
+
+
+def sampler(sampling: Sampling) -> Sampler:
+    """Returns a function of (logits (vocab_size,), history of ids) that draws the next id.
+
+    The function carries the random state: the same seed and the same logits give the same ids.
+    It raises `GemmaError` if the largest logit is not a finite number.
+    """
+    random = np.random.default_rng(sampling.seed)
+
+    def sample(logits: NDArray[np.float32], history: Sequence[int]) -> int:
+        if sampling.repeat_penalty != 1:
+            logits = penalize(logits, history[-REPEAT_WINDOW:], sampling.repeat_penalty)
+        best = int(np.argmax(logits))  # the first NaN, if there is one
+        if not np.isfinite(logits[best]):
+            raise GemmaError("The model's output is not a number: its file may be damaged.")
+        if sampling.temperature == 0:
+            return best
+        ids, probabilities = candidates(logits, sampling)
+        cumulative = np.cumsum(probabilities)
+        drawn = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
+        return int(ids[min(drawn, len(ids) - 1)])
+
+    return sample
+
+
+def penalize(
+    logits: NDArray[np.float32], recent: Sequence[int], penalty: float
+) -> NDArray[np.float32]:
+    """A copy of the logits in which each recent id's is divided by the penalty, or multiplied
+    by it where it is negative (CTRL, arXiv:1909.05858, as Hugging Face and llama.cpp apply it)."""
+    logits = logits.copy()
+    ids = np.unique(np.asarray(recent, dtype=np.int64))
+    chosen = logits[ids]
+    logits[ids] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+    return logits
+
+
+def candidates(
+    logits: NDArray[np.float32], sampling: Sampling
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The ids that can be drawn and their weights (which need not sum to 1).
+
+    The ids are in falling order of their logits unless nothing is cut off.
+    """
+    vocab_size = len(logits)
+    top_k = min(sampling.top_k, vocab_size) or vocab_size
+    peak = float(logits.max())
+
+    def weigh(chosen: NDArray[np.float32]) -> NDArray[np.float64]:
+        with np.errstate(over="ignore"):  # a tiny temperature: -inf, a weight of 0
+            scaled = (chosen.astype(np.float64) - peak) / sampling.temperature
+        weights: NDArray[np.float64] = np.exp(scaled)
+        return weights
+
+    if top_k < vocab_size:
+        ids = largest(logits, top_k)
+        weights = weigh(logits[ids])
+        total = weights.sum()
+    else:
+        weights = weigh(logits)
+        total = weights.sum()
+        if sampling.top_p == 1:
+            ids = np.flatnonzero(weights >= sampling.min_p)
+            return ids, weights[ids]
+        # Top-p alone: few tokens hold most of the mass, so sort no more of them than needed.
+        wanted, everything = 256, weights
+        while True:
+            ids = largest(logits, min(wanted, vocab_size))
+            weights = everything[ids]
+            if len(ids) == vocab_size or weights.sum() >= sampling.top_p * total:
+                break
+            wanted *= 8
+    if sampling.top_p < 1:
+        # A token stays if the mass of those before it is still short of top-p.
+        before = np.cumsum(weights) - weights
+        kept = max(1, int(np.count_nonzero(before < sampling.top_p * total)))
+        ids, weights = ids[:kept], weights[:kept]
+    # The largest weight is exp(0) = 1, so min-p compares with the weights as they are.
+    kept = int(np.count_nonzero(weights >= sampling.min_p))
+    return ids[:kept], weights[:kept]
+
+
+def largest(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """The ids of the k largest logits, in falling order; of equal ones the lower id comes first.
+
+    The k largest lie in the k blocks with the largest maxima, so only those are searched.
+    """
+    n_blocks = len(logits) // BLOCK
+    if k < n_blocks // 2:
+        whole = logits[: n_blocks * BLOCK].reshape(n_blocks, BLOCK)
+        maxima = whole.max(axis=1)
+        threshold = np.partition(maxima, n_blocks - k)[n_blocks - k]
+        blocks = np.flatnonzero(maxima >= threshold)
+        ids = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+        ids = np.concatenate([ids, np.arange(n_blocks * BLOCK, len(logits))])
+    else:
+        ids = np.arange(len(logits))
+    values = logits[ids]
+    if k < len(ids):
+        threshold = np.partition(values, len(ids) - k)[len(ids) - k]
+        kept = np.flatnonzero(values >= threshold)
+        ids, values = ids[kept], values[kept]
+    return ids[np.argsort(-values, kind="stable")[:k]]
