@@ -1,6 +1,5 @@
 """The architecture as a checkpoint states it: Hugging Face's config.json and GGUF's metadata."""
 
-import math
 from collections.abc import Mapping
 
 from quantize.config import GENERATIONS, MAX_LAYERS, Fields, GemmaConfig
@@ -195,7 +194,7 @@ def _bidirectional(where: str) -> GemmaError:
 
 def _inverse_root(scalar: float) -> float:
     """scalar ** -0.5; 0.0, which `checked` refuses, if there is none."""
-    return 1 / math.sqrt(scalar) if scalar > 0 else 0.0
+    return float(scalar**-0.5) if scalar > 0 else 0.0
 
 
 def _layer_count(fields: Fields, key: str, *default: object) -> int:
