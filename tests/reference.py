@@ -10,15 +10,32 @@ Sources: "Gemma" (arXiv:2403.08295), "Gemma 2" (2408.00118), "Gemma 3 Technical 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quantize.checkpoint import Checkpoint
 from quantize.config import GemmaConfig
 
 Array = NDArray[np.float32]
 Weights = Mapping[str, Array]
+Rounding = Callable[[Array], Array]
+"""What a cache does to keys or values (n, n_kv_heads, head_dim) that go through it."""
+
+
+def exact(x: Array) -> Array:
+    return x
+
+
+def float16(x: Array) -> Array:
+    return x.astype(np.float16).astype(np.float32)
+
+
+def int8(x: Array) -> Array:
+    """Signed codes up to 127 with one scale for each token and head."""
+    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    return np.rint(x / scale) * scale
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -80,7 +97,9 @@ def attention(q: Array, k: Array, v: Array, window: int, cap: float) -> Array:
     return out
 
 
-def self_attention(x: Array, config: GemmaConfig, weights: Weights, layer: int) -> Array:
+def self_attention(
+    x: Array, config: GemmaConfig, weights: Weights, layer: int, cached: Rounding = exact
+) -> Array:
     """The attention block of a layer, without its norms of the residual: (n, hidden_size)."""
     name = f"layers.{layer}."
     n = len(x)
@@ -97,7 +116,7 @@ def self_attention(x: Array, config: GemmaConfig, weights: Weights, layer: int) 
         base, scale, window = config.rope_base, config.rope_scale, 0
     q = rope(q, positions, base, scale) * np.float32(config.query_scale)
     k = rope(k, positions, base, scale)
-    out = attention(q, k, v, window, config.attention_soft_cap)
+    out = attention(q, cached(k), cached(v), window, config.attention_soft_cap)
     return out.reshape(n, -1) @ weights[name + "attn_o"].T
 
 
@@ -108,22 +127,37 @@ def feed_forward(x: Array, weights: Weights, layer: int) -> Array:
     return (gelu(gate) * up) @ weights[name + "ffn_down"].T
 
 
-def decoder_layer(x: Array, config: GemmaConfig, weights: Weights, layer: int) -> Array:
+def decoder_layer(
+    x: Array, config: GemmaConfig, weights: Weights, layer: int, cached: Rounding = exact
+) -> Array:
     """The residual stream (n, hidden_size) after a layer; since Gemma 2 outputs are normed too."""
 
     def norm(y: Array, which: str) -> Array:
         return rms_norm(y, weights[f"layers.{layer}.{which}"], config.rms_norm_eps)
 
-    y = self_attention(norm(x, "attn_norm"), config, weights, layer)
+    y = self_attention(norm(x, "attn_norm"), config, weights, layer, cached)
     x = x + (norm(y, "post_attn_norm") if config.has_post_norms else y)
     y = feed_forward(norm(x, "ffn_norm"), weights, layer)
     return x + (norm(y, "post_ffn_norm") if config.has_post_norms else y)
 
 
-def forward(config: GemmaConfig, weights: Weights, ids: Sequence[int] | NDArray[np.int32]) -> Array:
+def forward(
+    config: GemmaConfig,
+    weights: Weights,
+    ids: Sequence[int] | NDArray[np.int32],
+    cached: Rounding = exact,
+) -> Array:
     """Logits (n, vocab_size) at every position of `ids`. The embedding is also the output head."""
     x = weights["embed"][np.asarray(ids)] * np.float32(np.sqrt(config.hidden_size))
     for layer in range(config.n_layers):
-        x = decoder_layer(x, config, weights, layer)
+        x = decoder_layer(x, config, weights, layer, cached)
     x = rms_norm(x, weights["final_norm"], config.rms_norm_eps)
     return soft_cap(x @ weights["embed"].T, config.final_soft_cap)
+
+
+def read_weights(checkpoint: Checkpoint) -> Weights:
+    """All of a small checkpoint's tensors as float32."""
+    return {
+        name: tensor.values() if len(tensor.shape) == 1 else tensor.rows(0, tensor.shape[0])
+        for name, tensor in checkpoint.tensors.items()
+    }

@@ -21,11 +21,7 @@ TOLERANCE = 1e-4
 
 def read(folder: Path) -> tuple[GemmaConfig, reference.Weights]:
     checkpoint = open_checkpoint(folder)
-    weights = {
-        name: tensor.values() if len(tensor.shape) == 1 else tensor.rows(0, tensor.shape[0])
-        for name, tensor in checkpoint.tensors.items()
-    }
-    return checkpoint.config, weights
+    return checkpoint.config, reference.read_weights(checkpoint)
 
 
 def error(config: GemmaConfig, weights: reference.Weights, golden: NDArray[np.float32]) -> float:
