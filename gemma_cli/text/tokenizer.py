@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from itertools import zip_longest
 
 import sentencepiece
 
@@ -11,7 +12,8 @@ from quantize.errors import GemmaError
 # to it in blocks. No piece spans a line's end and the next newline (SentencePiece is trained on
 # lines; runs of newlines are pieces of their own), so cutting there changes no id.
 _BLOCK = re.compile(r"(?s:.{65536})\n*[^\n]*|(?s:.+)")
-_SURROGATE = re.compile("([\ud800-\udfff])")
+_INVALID_BYTES = re.compile("([\udc80-\udcff]+)")  # as surrogateescape writes them
+_OTHER_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 class Tokenizer:
@@ -21,9 +23,10 @@ class Tokenizer:
     """
 
     def __init__(self, model_proto: bytes) -> None:
+        self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
-        except (RuntimeError, ValueError) as error:
+            self._model.LoadFromSerializedProto(model_proto)
+        except RuntimeError as error:
             raise GemmaError(
                 "The model file's tokenizer cannot be loaded; quantize the checkpoint again."
             ) from error
@@ -37,19 +40,19 @@ class Tokenizer:
     def encode(self, text: str | bytes) -> list[int]:
         """Return the ids that SentencePiece gives, without BOS; never a control id.
 
-        Bytes are read as UTF-8. SentencePiece would replace what is invalid; here each invalid byte
-        becomes its byte piece, so that nothing is lost. In a `str` such bytes are surrogates, as
-        `surrogateescape` leaves them; other lone surrogates become three bytes (WTF-8).
+        Bytes are read as UTF-8. SentencePiece would replace what is invalid by U+FFFD; here each
+        invalid byte becomes its byte piece, so that nothing is lost. In a `str` such bytes are the
+        surrogates that `surrogateescape` leaves; any other lone surrogate becomes U+FFFD. Only a
+        `▁` (U+2581) does not come back as it was: the vocabulary has it for the space.
         """
         if isinstance(text, bytes):
             text = text.decode("utf-8", "surrogateescape")
+        parts = _INVALID_BYTES.split(_OTHER_SURROGATE.sub("\ufffd", text))
         ids: list[int] = []
-        for part in _SURROGATE.split(text):
-            if _SURROGATE.match(part):
-                ids += (self._byte_ids[byte] for byte in _surrogate_bytes(part))
-            else:
-                for block in _BLOCK.findall(part):
-                    ids += self._model.encode(block)
+        for valid, invalid in zip_longest(parts[::2], parts[1::2], fillvalue=""):
+            for block in _BLOCK.findall(valid):
+                ids += self._model.encode(block)
+            ids += map(self._byte_ids.__getitem__, invalid.encode("utf-8", "surrogateescape"))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -81,9 +84,3 @@ class Tokenizer:
         """Return the id of a piece as the vocabulary spells it, or None."""
         token: int = self._model.piece_to_id(piece)
         return token if self._model.id_to_piece(token) == piece else None
-
-
-def _surrogate_bytes(surrogate: str) -> bytes:
-    if "\udc80" <= surrogate <= "\udcff":
-        return surrogate.encode("utf-8", "surrogateescape")
-    return surrogate.encode("utf-8", "surrogatepass")

@@ -47,8 +47,8 @@ def control_pieces_as_control(model_proto: bytes, where: str = "The tokenizer") 
     """Type every marker of a SentencePiece model as a control piece.
 
     All else is kept byte for byte; a model whose markers are typed so already comes back equal.
-    `where` names the file in errors. Raises GemmaError if this is not a BPE model with byte
-    fallback and Gemma's special pieces.
+    `where` names the file in errors. Raises GemmaError if this is no SentencePiece model with byte
+    fallback, BOS and EOS that leaves text as it is, as Gemma's does.
     """
     out = bytearray()
     try:
@@ -99,16 +99,13 @@ def sentencepiece_from_gguf(metadata: Mapping[str, object], where: str = "The GG
             "the numbers must agree, so convert the model anew."
         )
     special = {}
-    for role, key in {
-        "bos": "bos_token_id",
-        "eos": "eos_token_id",
-        "unk": "unknown_token_id",
-        "pad": "padding_token_id",
-    }.items():
-        index = metadata.get(f"tokenizer.ggml.{key}", -1)
+    ids = {token: index for index, token in enumerate(tokens)}
+    for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id", -1)
         if not isinstance(index, int) or not -1 <= index < len(tokens):
             raise GemmaError(f"{where} has no token number {index} ({key}); convert it anew.")
-        special[role] = index
+        # By name first: some files of tuned models call end-of-turn EOS, and lose the real one.
+        special[role] = ids.get(f"<{role}>", index)
 
     pieces = []
     for token, score, kind in zip(tokens, scores, kinds, strict=True):
@@ -249,7 +246,12 @@ def _model(pieces: Sequence[Piece], special: Mapping[str, int], where: str) -> b
             safe = piece._replace(kind=PieceType.CONTROL)
         else:
             safe = _safe(piece)
-        out += _write_piece(safe)
+        try:
+            out += _write_piece(safe)
+        except UnicodeEncodeError as error:
+            raise GemmaError(
+                f"{where} has a piece that is no text (number {index}); download it again."
+            ) from error
     trainer = _integer(3, 2) + _integer(4, len(pieces)) + _integer(35, 1)  # BPE, byte_fallback
     for number, role in enumerate(("unk", "bos", "eos", "pad")):
         index = special[role]
@@ -262,17 +264,19 @@ def _model(pieces: Sequence[Piece], special: Mapping[str, int], where: str) -> b
 
 
 def _checked(model_proto: bytes, where: str) -> bytes:
+    model = sentencepiece.SentencePieceProcessor()
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
-    except (RuntimeError, ValueError) as error:
+        model.LoadFromSerializedProto(model_proto)
+    except RuntimeError as error:
         raise GemmaError(
-            f"{where} does not hold a tokenizer that SentencePiece can load ({error}); "
-            "download it again."
+            f"{where} does not hold a tokenizer that SentencePiece can load; download it again."
         ) from error
     if min(model.bos_id(), model.eos_id(), model.unk_id()) < 0:
         raise GemmaError(f"{where} lacks <bos>, <eos> or <unk>; choose a Gemma 1, 2 or 3 model.")
     if not all(model.is_byte(model.piece_to_id([f"<0x{byte:02X}>" for byte in range(256)]))):
         raise GemmaError(f"{where} lacks byte pieces; choose a Gemma 1, 2 or 3 model.")
+    if model.normalize("  \ufb01 ") != "▁▁\ufb01▁":
+        raise GemmaError(f"{where} changes the text, which Gemma's does not; choose another model.")
     return model_proto
 
 
