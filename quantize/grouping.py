@@ -35,7 +35,7 @@ def round_int4(
     """
     groups = _grouped(rows, group_size)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(-1, keepdims=True), -1)
-    scales, inverse = _rounded_scales(largest[..., 0] / -8)
+    scales, inverse = _rounded_scales(largest[..., 0] / np.float32(-8))
     codes = np.rint(groups * inverse[..., None])
     codes = np.clip(codes, -8, 7) + 8
     return codes.astype(np.uint8).reshape(rows.shape), scales
@@ -49,6 +49,6 @@ def round_int8(
     rows: (n_rows, n_in) -> codes (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
     groups = _grouped(rows, group_size)
-    scales, inverse = _rounded_scales(np.abs(groups).max(-1) / 127)
+    scales, inverse = _rounded_scales(np.abs(groups).max(-1) / np.float32(127))
     codes = np.clip(np.rint(groups * inverse[..., None]), -127, 127)
     return codes.astype(np.int8).reshape(rows.shape), scales

@@ -192,7 +192,7 @@ class Writer:
             raise ValueError(f"{name} is out of turn")
         digest, left = hashlib.sha256(), self._layout[name][2]
         for part in parts:
-            data = memoryview(np.ascontiguousarray(part)).cast("B")
+            data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
             self._file.write(data)
             digest.update(data)
             left -= len(data)

@@ -80,10 +80,10 @@ def pack_codes(
     whole_scales = _whole_tiles(scales).reshape(-1, TILE_ROWS, n_groups).transpose(0, 2, 1)
     tiles = len(whole_scales)
     if fmt == "int4":
-        runs = _runs(whole.astype(np.uint8, copy=False))
-        body = runs[:, :, :4] | (runs[:, :, 4:] << 4)
+        runs = _runs(whole.view(np.uint8))
+        body = runs[:, :, :4] | (runs[:, :, 4:] << np.uint8(4))
     else:
-        body = _runs(whole.view(np.uint8) ^ np.uint8(128))
+        body = _runs(np.bitwise_xor(whole.view(np.uint8), np.uint8(128)))
     blocks = np.empty((tiles, n_groups, block_bytes(fmt, group_size)), np.uint8)
     blocks[..., :_SCALE_BYTES] = np.ascontiguousarray(whole_scales).view(np.uint8)
     blocks[..., _SCALE_BYTES:] = body.reshape(tiles, n_groups, -1)

@@ -61,7 +61,9 @@ def _restrict_numba(forced: str, runs: list[str], features: dict[str, bool]) -> 
     dropped = ("avx512", "amx", "avxvnni") if forced == "avx2" else ("avx512", "amx")
     kept = {name: on and not name.startswith(dropped) for name, on in features.items()}
     os.environ["NUMBA_CPU_NAME"] = "x86-64-v3"
-    os.environ["NUMBA_CPU_FEATURES"] = ",".join(f"{'+' if on else '-'}{n}" for n, on in kept.items())
+    os.environ["NUMBA_CPU_FEATURES"] = ",".join(
+        f"{'+' if on else '-'}{n}" for n, on in kept.items()
+    )
 
 
 NAME = _choose()

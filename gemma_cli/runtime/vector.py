@@ -29,7 +29,7 @@ _F32 = ir.FloatType()
 _HALF = ir.HalfType()
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """Numba type of a vector of `n` lanes of the LLVM type `lane`."""
 
     def __init__(self, name: str, lane: ir.Type, n: int) -> None:
@@ -39,7 +39,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Vector) -> None:
         super().__init__(dmm, fe_type, fe_type.ir_type)
 
@@ -92,9 +92,7 @@ def _concat(b: ir.IRBuilder, parts: Sequence[ir.Value]) -> ir.Value:
     while len(parts) > 1:
         n = parts[0].type.count
         mask = _const(ir.VectorType(_I32, 2 * n), list(range(2 * n)))
-        parts = [
-            b.shuffle_vector(parts[i], parts[i + 1], mask) for i in range(0, len(parts), 2)
-        ]
+        parts = [b.shuffle_vector(parts[i], parts[i + 1], mask) for i in range(0, len(parts), 2)]
     return parts[0]
 
 
@@ -263,8 +261,8 @@ class _Group:
 # What kernels call. `n` is a constant: the number of tokens whose values are held at once.
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def dots_int4(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any):  # type: ignore[no-untyped-def]
+@intrinsic(prefer_literal=True)
+def dots_int4(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any):
     """dot[t][r] = sum over 32 inputs i of (code[r, i] - 8) x[t, i], exact, for n tokens t.
 
     `w`: address of 4 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j in its low
@@ -283,8 +281,8 @@ def dots_int4(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stri
     return types.UniTuple(I32X16, n.literal_value)(w, x, x_stride, sums, sum_stride, n), codegen
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def dots_codebook(  # type: ignore[no-untyped-def]
+@intrinsic(prefer_literal=True)
+def dots_codebook(
     typingctx: Any, w: Any, levels: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any
 ):
     """As dots_int4, with codebook[code] in place of code - 8.
@@ -306,8 +304,8 @@ def dots_codebook(  # type: ignore[no-untyped-def]
     return result(w, levels, x, x_stride, sums, sum_stride, n), codegen
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def dots_int8(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any):  # type: ignore[no-untyped-def]
+@intrinsic(prefer_literal=True)
+def dots_int8(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any):
     """dot[t][r] = sum over 32 inputs i of (byte[r, i] - 128) x[t, i], exact, for n tokens t.
 
     `w`: address of 8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j. The rest as
@@ -323,8 +321,8 @@ def dots_int8(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stri
     return types.UniTuple(I32X16, n.literal_value)(w, x, x_stride, sums, sum_stride, n), codegen
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def zeros(typingctx: Any, n: Any):  # type: ignore[no-untyped-def]
+@intrinsic(prefer_literal=True)
+def zeros(typingctx: Any, n: Any):
     """n x f32x16 of zeros."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -333,8 +331,8 @@ def zeros(typingctx: Any, n: Any):  # type: ignore[no-untyped-def]
     return types.UniTuple(F32X16, n.literal_value)(n), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def add_scaled(typingctx: Any, acc: Any, dots: Any, scale: Any, x_scales: Any, stride: Any):  # type: ignore[no-untyped-def]
+@intrinsic
+def add_scaled(typingctx: Any, acc: Any, dots: Any, scale: Any, x_scales: Any, stride: Any):
     """acc[t] + scale x_scale[t] dots[t]; x_scales: address of float32, `stride` bytes apart."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -349,8 +347,8 @@ def add_scaled(typingctx: Any, acc: Any, dots: Any, scale: Any, x_scales: Any, s
     return acc(acc, dots, scale, x_scales, stride), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def add_outer(typingctx: Any, acc: Any, w: Any, x: Any, stride: Any):  # type: ignore[no-untyped-def]
+@intrinsic
+def add_outer(typingctx: Any, acc: Any, w: Any, x: Any, stride: Any):
     """acc[t] + w x[t]; x: address of float32, tokens `stride` bytes apart."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -363,8 +361,8 @@ def add_outer(typingctx: Any, acc: Any, w: Any, x: Any, stride: Any):  # type: i
     return acc(acc, w, x, stride), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def store_rows(typingctx: Any, address: Any, stride: Any, rows: Any):  # type: ignore[no-untyped-def]
+@intrinsic
+def store_rows(typingctx: Any, address: Any, stride: Any, rows: Any):
     """Stores each f32x16 of `rows`, `stride` bytes apart."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -377,8 +375,8 @@ def store_rows(typingctx: Any, address: Any, stride: Any, rows: Any):  # type: i
 
 
 def _unary(emit: Callable[..., ir.Value], result: types.Type, doc: str) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def function(typingctx: Any, value: Any):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def function(typingctx: Any, value: Any):
         def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
             return emit(b, args[0])
 
@@ -437,9 +435,7 @@ def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.bitcast(b.add(b.bitcast(value, _VI32), exponent), _VF32)
 
 
-load_f32 = _unary(
-    lambda b, a: _load(b, a, _VF32), F32X16, "16 float32 at an address -> f32x16."
-)
+load_f32 = _unary(lambda b, a: _load(b, a, _VF32), F32X16, "16 float32 at an address -> f32x16.")
 load_f16 = _unary(_half_to_float, F32X16, "16 float16 at an address -> f32x16.")
 load_bf16 = _unary(_bfloat_to_float, F32X16, "16 bfloat16 at an address -> f32x16.")
 load_i8 = _unary(_byte_to_float, F32X16, "16 int8 at an address -> f32x16.")
@@ -460,8 +456,8 @@ load_byte = _unary(
 load_scalar = _unary(lambda b, a: _load(b, a, _F32), types.float32, "The float32 at an address.")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def store_f32(typingctx: Any, address: Any, vector: Any):  # type: ignore[no-untyped-def]
+@intrinsic
+def store_f32(typingctx: Any, address: Any, vector: Any):
     """Stores an f32x16 at an address."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -471,8 +467,20 @@ def store_f32(typingctx: Any, address: Any, vector: Any):  # type: ignore[no-unt
     return types.void(address, vector), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def store_f16(typingctx: Any, address: Any, vector: Any):  # type: ignore[no-untyped-def]
+@intrinsic
+def store_scalar(typingctx: Any, address: Any, value: Any):
+    """Stores a float32 at an address."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        value = b.fptrunc(args[1], _F32) if args[1].type != _F32 else args[1]
+        _store(b, args[0], value)
+        return context.get_dummy_value()
+
+    return types.void(address, value), codegen
+
+
+@intrinsic
+def store_f16(typingctx: Any, address: Any, vector: Any):
     """Stores an f32x16 as 16 float16, rounded to nearest, ties to even; |x| below 65,504."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -495,8 +503,8 @@ def _float_to_half(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.trunc(b.or_(rounded, sign), ir.VectorType(_I16, LANES))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def store_i8(typingctx: Any, address: Any, vector: Any):  # type: ignore[no-untyped-def]
+@intrinsic
+def store_i8(typingctx: Any, address: Any, vector: Any):
     """Rounds an f32x16 (|x| <= 127) to int8, ties to even, stores it and gives the sum, int32."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -511,8 +519,8 @@ def store_i8(typingctx: Any, address: Any, vector: Any):  # type: ignore[no-unty
     return types.int32(address, vector), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def fma(typingctx: Any, x: Any, y: Any, z: Any):  # type: ignore[no-untyped-def]
+@intrinsic
+def fma(typingctx: Any, x: Any, y: Any, z: Any):
     """x y + z, for f32x16; one rounding where the CPU has the instruction."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -521,8 +529,8 @@ def fma(typingctx: Any, x: Any, y: Any, z: Any):  # type: ignore[no-untyped-def]
     return F32X16(x, y, z), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(typingctx: Any, address: Any):  # type: ignore[no-untyped-def]
+@intrinsic
+def prefetch(typingctx: Any, address: Any):
     """Asks for the cache line at an address, to be read once."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -535,8 +543,8 @@ def prefetch(typingctx: Any, address: Any):  # type: ignore[no-untyped-def]
     return types.void(address), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def address_of(typingctx: Any, array: Any):  # type: ignore[no-untyped-def]
+@intrinsic
+def address_of(typingctx: Any, array: Any):
     """The address of an array's first element."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -550,11 +558,11 @@ def _operator(symbol: Callable[..., Any], emit: str) -> None:
     """Gives f32x16 one of Python's operators."""
 
     @infer_global(symbol)
-    class Typing(AbstractTemplate):  # type: ignore[misc]
+    class Typing(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             return signature(F32X16, *args) if args == (F32X16, F32X16) else None
 
-    @lower_builtin(symbol, F32X16, F32X16)  # type: ignore[untyped-decorator]
+    @lower_builtin(symbol, F32X16, F32X16)
     def lower(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         return getattr(b, emit)(*args)
 

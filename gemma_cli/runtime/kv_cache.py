@@ -1,0 +1,81 @@
+"""The keys and values of the tokens so far, for every layer.
+
+A layer with a sliding window keeps a ring of the window's tokens and one chunk more, so that the
+tokens of a chunk are written before the first of them is attended to; other layers keep the whole
+context. Position p lies in slot p modulo the layer's capacity.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize.config import GemmaConfig
+
+# Columns of the table that describes the cache to the kernels, a row a layer, int64. Scales are
+# there for int8 only.
+KEYS, VALUES, KEY_SCALES, VALUE_SCALES, CAPACITY = range(5)
+
+KINDS = {"f16": np.float16, "int8": np.int8}
+
+
+class KVCache:
+    """Keys and values: per layer (capacity, n_kv_heads, head_dim), float16 or int8.
+
+    int8 has one float32 scale for each token and head. `length` tokens are in it. Memory is taken
+    from the operating system as it is first used.
+    """
+
+    def __init__(self, config: GemmaConfig, context: int, kind: str, chunk_size: int) -> None:
+        self.config = config
+        self.context = context
+        self.kind = kind
+        self.length = 0
+        self._capacities = [
+            min(context, config.sliding_window + chunk_size) if slides else context
+            for slides in config.sliding_layers
+        ]
+        heads = sum(self._capacities) * config.n_kv_heads
+        values = heads * config.head_dim
+        self._data = np.zeros((2, values), KINDS[kind])
+        self._scales = np.zeros((2, heads if kind == "int8" else 0), np.float32)
+        self.table = self._table()
+
+    def _table(self) -> NDArray[np.int64]:
+        table = np.zeros((self.config.n_layers, 5), np.int64)
+        slots = 0
+        for layer, capacity in enumerate(self._capacities):
+            heads = slots * self.config.n_kv_heads
+            values = heads * self.config.head_dim
+            for column in (KEYS, VALUES):
+                table[layer, column] = self._data[column, values:].ctypes.data
+            if self.kind == "int8":
+                table[layer, KEY_SCALES] = self._scales[0, heads:].ctypes.data
+                table[layer, VALUE_SCALES] = self._scales[1, heads:].ctypes.data
+            table[layer, CAPACITY] = capacity
+            slots += capacity
+        return table
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.context
+
+    @property
+    def nbytes(self) -> int:
+        return self._data.nbytes + self._scales.nbytes
+
+    def clear(self) -> None:
+        self.length = 0
+
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens after the first `length`.
+
+        Raises ValueError where a sliding window has already overwritten what the shorter context
+        would attend to; clear it then, and start again.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate {self.length} tokens to {length}")
+        for capacity in set(self._capacities) if length else ():
+            oldest_needed = max(0, length + 1 - self.config.sliding_window)
+            if capacity < self.context and oldest_needed < self.length - capacity:
+                raise ValueError(f"the sliding window no longer holds token {oldest_needed}")
+        self.length = length

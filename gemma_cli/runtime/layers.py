@@ -1,0 +1,94 @@
+"""The small equations of a Gemma layer, row by row: norms, positions, the gated activation."""
+
+import math
+
+from numba import njit
+
+from gemma_cli.runtime.vector import (
+    address_of,
+    exp,
+    fma,
+    horizontal_sum,
+    load_f32,
+    splat,
+    store_f32,
+)
+
+
+@njit
+def rms_norm(x, weight, eps, y):
+    """y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    x, y: float32 (n,), n a multiple of 16, y may be x; weight: address of float32 (n,), with
+    Gemma's `1 +` already added.
+    """
+    source, target = address_of(x), address_of(y)
+    squares = splat(0.0)
+    for i in range(0, 4 * x.size, 64):
+        value = load_f32(source + i)
+        squares = fma(value, value, squares)
+    factor = splat(1.0 / math.sqrt(horizontal_sum(squares) / x.size + eps))
+    for i in range(0, 4 * x.size, 64):
+        store_f32(target + i, load_f32(source + i) * factor * load_f32(weight + i))
+
+
+@njit
+def add(x, y):
+    """x += y, float32 (n,), n a multiple of 16."""
+    source, target = address_of(y), address_of(x)
+    for i in range(0, 4 * x.size, 64):
+        store_f32(target + i, load_f32(target + i) + load_f32(source + i))
+
+
+@njit
+def rotary_angles(position, base, scale, cos, sin):
+    """cos and sin of position / scale * base^(-2 i / head_dim), i below head_dim / 2.
+
+    Rotary positions (Su et al. 2021, arXiv:2104.09864). cos, sin: float32 (head_dim / 2,).
+    """
+    for i in range(cos.size):
+        angle = position / scale * base ** (-i / cos.size)
+        cos[i] = math.cos(angle)
+        sin[i] = math.sin(angle)
+
+
+@njit
+def rotate(x, cos, sin, factor):
+    """Turns the pairs (x[i], x[i + head_dim / 2]) by their angles and multiplies by factor.
+
+    x: float32 (head_dim,), in place.
+    """
+    half = cos.size
+    for i in range(half):
+        a, b = x[i], x[i + half]
+        x[i] = (a * cos[i] - b * sin[i]) * factor
+        x[i + half] = (b * cos[i] + a * sin[i]) * factor
+
+
+@njit
+def geglu(gate_up, y):
+    """y = gelu(gate) * up (Shazeer 2020, arXiv:2002.05202), gelu with its tanh approximation.
+
+    gelu(g) = g / 2 (1 + tanh(u)) = g / (1 + exp(-2 u)), u = sqrt(2 / pi) (g + 0.044715 g^3).
+    gate_up: float32 (2 n,), gate first; y: float32 (n,); n a multiple of 16.
+    """
+    source, target = address_of(gate_up), address_of(y)
+    one, cubic = splat(1.0), splat(0.044715)
+    factor = splat(-2.0 * math.sqrt(2.0 / math.pi))
+    for i in range(0, 4 * y.size, 64):
+        gate, up = load_f32(source + i), load_f32(source + 4 * y.size + i)
+        u = factor * gate * fma(cubic, gate * gate, one)
+        store_f32(target + i, gate / (one + exp(u)) * up)
+
+
+@njit
+def soft_cap(x, cap):
+    """x = cap tanh(x / cap), tanh(u) = 1 - 2 / (exp(2 u) + 1) (Gemma 2, arXiv:2408.00118).
+
+    x: float32 (n,), n a multiple of 16, in place.
+    """
+    target = address_of(x)
+    one, two = splat(1.0), splat(2.0)
+    for i in range(0, 4 * x.size, 64):
+        u = load_f32(target + i) * splat(2.0 / cap)
+        store_f32(target + i, splat(cap) * (one - two / (exp(u) + one)))

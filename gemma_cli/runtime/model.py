@@ -1,0 +1,172 @@
+"""A model: the mapped weights, and the compiled call that turns token ids into logits."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_cli.runtime import attention, matmul
+from gemma_cli.runtime.forward import MATRICES, NORMS, Scratch, Shape, Weights, forward
+from gemma_cli.runtime.kv_cache import KVCache
+from quantize import packing
+from quantize.config import GemmaConfig
+from quantize.grouping import LINEAR_LEVELS
+from quantize.modelfile import MatrixSpec, ModelFile
+
+CHUNK_SIZE = 128
+"""Tokens processed at once: bounds the scratch memory and the time until a signal is seen."""
+
+Ids = Sequence[int] | NDArray[np.int32]
+
+_FORMATS = {"int8": matmul.INT8, "bf16": matmul.BF16, "f32": matmul.F32}
+
+
+def default_threads() -> int:
+    """The CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _shape(config: GemmaConfig) -> Shape:
+    return Shape(**{name: getattr(config, name) for name in Shape._fields})
+
+
+def _levels(m: MatrixSpec) -> NDArray[np.uint8]:
+    """A matrix's codebook as the kernels read it: 16 bytes, level + 128."""
+    return (np.array(m.codebook or LINEAR_LEVELS) + 128).astype(np.uint8)
+
+
+class Model:
+    """A Gemma, ready to run from its model file.
+
+    Token ids go in, logits come out; text is somebody else's. `n_threads` threads share the work,
+    by default one a CPU that the process may use.
+    """
+
+    def __init__(
+        self, file: ModelFile, n_threads: int | None = None, chunk_size: int = CHUNK_SIZE
+    ) -> None:
+        self.file = file
+        self.config = file.config
+        self.chunk_size = chunk_size
+        self.n_threads = min(n_threads or default_threads(), numba.config.NUMBA_NUM_THREADS)
+        self._shape = _shape(self.config)
+        self._codebooks: list[NDArray[np.uint8]] = []
+        self._weights = self._addresses()
+        self._scratch = self._allocate()
+        n_columns = 16 * packing.n_tiles(self.config.vocab_size)
+        self._logits = np.zeros((1, n_columns), np.float32)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that decoding one token reads."""
+        return sum(m.nbytes for m in self.file.matrices.values())
+
+    def _addresses(self) -> Weights:
+        config, file = self.config, self.file
+        names = [f"layers.{i}.{name}" for i in range(config.n_layers) for name in MATRICES]
+        matrices = np.array([self._matrix(name) for name in [*names, "embed"]], np.int64)
+        norms = np.zeros((config.n_layers + 1, len(NORMS)), np.int64)
+        for i in range(config.n_layers):
+            for column, name in enumerate(NORMS):
+                if f"layers.{i}.{name}" in file.vectors:
+                    norms[i, column] = file.vectors[f"layers.{i}.{name}"].ctypes.data
+        norms[config.n_layers, 0] = file.vectors["final_norm"].ctypes.data
+        return Weights(matrices, norms, np.array(config.sliding_layers, np.bool_))
+
+    def _matrix(self, name: str) -> tuple[int, ...]:
+        """A matrix's row of the kernels' table."""
+        m, tiles = self.file.matrices[name], self.file.tiles[name]
+        codebook = _levels(m)
+        self._codebooks.append(codebook)  # The table holds its address only.
+        linear = m.codebook == LINEAR_LEVELS
+        fmt = _FORMATS.get(m.format, matmul.INT4 if linear else matmul.INT4_CODEBOOK)
+        return tiles.ctypes.data, fmt, len(tiles), m.n_in, m.group_size, codebook.ctypes.data
+
+    def _allocate(self) -> Scratch:
+        c, chunk = self.config, self.chunk_size
+        heads = c.n_heads * c.head_dim
+        widest = max(c.hidden_size, c.intermediate_size, heads)
+        outputs = max(c.hidden_size, 2 * c.intermediate_size, heads + 2 * c.n_kv_heads * c.head_dim)
+        return Scratch(
+            x=np.zeros((chunk, c.hidden_size), np.float32),
+            inputs=np.zeros(chunk * widest, np.float32),
+            codes=np.zeros(chunk * widest, np.int8),
+            scales=np.zeros(chunk * widest // 32, np.float32),
+            sums=np.zeros(chunk * widest // 32, np.int32),
+            outputs=np.zeros(chunk * outputs, np.float32),
+            queries=np.zeros((chunk, c.n_heads, c.head_dim), np.float32),
+            angles=np.zeros((2, 2, chunk, c.head_dim // 2), np.float32),
+            attention=np.zeros((self.n_threads, attention.scratch_size(c.head_dim)), np.float32),
+        )
+
+    def new_cache(self, context: int, kv: str = "f16") -> KVCache:
+        """An empty cache for `context` tokens; kv: "f16" or "int8"."""
+        return KVCache(self.config, context, kv, self.chunk_size)
+
+    def _run(self, ids: NDArray[np.int32], cache: KVCache, logits: NDArray[np.float32]) -> None:
+        numba.set_num_threads(self.n_threads)
+        forward(
+            self._shape,
+            self._weights,
+            cache.table,
+            cache.kind == "int8",
+            self._scratch,
+            ids,
+            cache.length,
+            logits,
+            self.n_threads,
+        )
+        cache.length += len(ids)
+
+    def _checked(self, ids: Ids, cache: KVCache) -> NDArray[np.int32]:
+        array = np.ascontiguousarray(ids, np.int32)
+        if not array.size:
+            raise ValueError("no ids")
+        if array.min() < 0 or array.max() >= self.config.vocab_size:
+            raise ValueError("an id is outside the vocabulary")
+        if cache.length + len(array) > cache.capacity:
+            raise ValueError(
+                f"{cache.length} + {len(array)} tokens exceed the cache's {cache.capacity}"
+            )
+        return array
+
+    def forward(
+        self, ids: Ids, cache: KVCache, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Appends ids to the cache -> logits after the last one, float32 (vocab_size,).
+
+        Works in chunks; `progress` is called after each with the number of ids done. Raises
+        ValueError when ids are empty, unknown or more than the cache holds.
+        """
+        array = self._checked(ids, cache)
+        nothing = self._logits[:0]
+        for start in range(0, len(array), self.chunk_size):
+            chunk = array[start : start + self.chunk_size]
+            done = start + len(chunk)
+            self._run(chunk, cache, self._logits if done == len(array) else nothing)
+            if progress:
+                progress(done)
+        return self._logits[0, : self.config.vocab_size].copy()
+
+    def forward_all(
+        self, ids: Ids, cache: KVCache, first: int = 0
+    ) -> Iterator[NDArray[np.float32]]:
+        """Appends ids to the cache, giving the logits after each id from ids[first] on.
+
+        Yields blocks (n, vocab_size) of float32, in order; a block's memory is used again for the
+        next. Raises ValueError as forward does.
+        """
+        array = self._checked(ids, cache)
+        size = min(self.chunk_size, 32)  # 262,144 logits of 32 positions are 34 MB.
+        logits = np.zeros((size, self._logits.shape[1]), np.float32)
+        starts = [*range(0, first, self.chunk_size), *range(first, len(array), size), len(array)]
+        for start, stop in pairwise(starts):
+            wanted = logits[: stop - start if start >= first else 0]
+            self._run(array[start:stop], cache, wanted)
+            if len(wanted):
+                yield wanted[:, : self.config.vocab_size]
