@@ -53,7 +53,7 @@ def control_pieces_as_control(model_proto: bytes, where: str = "The tokenizer") 
     out = bytearray()
     try:
         for number, field, value in _fields(model_proto):
-            if number == _PIECES:
+            if number == _PIECES and (b"<" in value or b"[" in value):  # every marker has one
                 piece = _read_piece(value)
                 safe = _safe(piece)
                 out += field if safe is piece else _write_piece(safe)
@@ -303,8 +303,10 @@ def _bytes(number: int, value: bytes) -> bytes:
 
 
 def _write_piece(piece: Piece) -> bytes:
-    score = _varint(2 << 3 | _FIXED32) + struct.pack("<f", piece.score)
-    return _bytes(_PIECES, _bytes(1, piece.text.encode()) + score + _integer(3, piece.kind))
+    # The keys are those of piece = 1, score = 2 and type = 3.
+    text = piece.text.encode()
+    rest = struct.pack("<BfBB", 2 << 3 | _FIXED32, piece.score, 3 << 3 | _VARINT, piece.kind)
+    return _bytes(_PIECES, _bytes(1, text) + rest)
 
 
 def _read_piece(message: bytes) -> Piece:
