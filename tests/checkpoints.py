@@ -85,7 +85,7 @@ def random_weights(config: GemmaConfig) -> Weights:
     """By our names, norms as applied. Exact in bfloat16, also after the norms' 1 is taken off."""
     rng = np.random.default_rng(0)
     return {
-        name: rng.integers(-64, 64, shape).astype(np.float32) / 128 + np.float32(len(shape) == 1)
+        name: (rng.integers(-64, 64, shape) / 128 + (len(shape) == 1)).astype(np.float32)
         for name, shape in tensor_shapes(config).items()
     }
 
@@ -102,9 +102,9 @@ def hf_name(name: str, generation: str, prefix: str = "model.") -> str:
 
 
 def gguf_name(name: str) -> str:
-    """GGUF's name for ours."""
+    """GGUF's name for ours, or for a tensor of another kind."""
     if not name.startswith("layers."):
-        return {"embed": "token_embd", "final_norm": "output_norm"}[name] + ".weight"
+        return {"embed": "token_embd", "final_norm": "output_norm"}.get(name, name) + ".weight"
     _, layer, part = name.split(".")
     return f"blk.{layer}.{GGUF_LAYER.get(part, part)}.weight"
 

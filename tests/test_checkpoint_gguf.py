@@ -158,6 +158,22 @@ def test_chat_sampling_and_notes(tmp_path: Path) -> None:
     assert chat.sampling == {"temperature": 0.5, "top_k": 64.0}
 
 
+def test_image_tensors_are_left_out(tmp_path: Path) -> None:
+    pixels = {"v.patch_embd": np.ones((2, 8), np.float32), "mm.norm": np.ones(8, np.float32)}
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "x.gguf", GEMMA3, pixels | WEIGHTS))
+    assert_holds(checkpoint, WEIGHTS)
+    assert "images are not read" in checkpoint.notes[0]
+
+
+def test_output_head(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    same = WEIGHTS | {"output": WEIGHTS["embed"]}
+    assert_holds(open_checkpoint(write_gguf(path, GEMMA3, same)), WEIGHTS)
+    other = WEIGHTS | {"output": -WEIGHTS["embed"]}
+    with pytest.raises(GemmaError, match=r"output\.weight.*differs"):
+        open_checkpoint(write_gguf(path, GEMMA3, other))
+
+
 def test_part_of_a_split_file(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", GEMMA3, WEIGHTS, metadata={"split.count": 2})
     with pytest.raises(GemmaError, match="split"):

@@ -71,9 +71,11 @@ class GGUFTensor:
         n_rows, row_bytes = raw.shape
         # dequantize works on 16 rows at a time; blocks know no rows, so make short ones longer.
         raw = np.ascontiguousarray(raw).reshape(-1, row_bytes * math.gcd(n_rows, 8))
-        wide = dequantize(raw, GGMLQuantizationType[self.dtype])
-        # F32 would be a view of the file.
-        return np.require(wide, requirements="W").reshape(n_rows, self.shape[-1])
+        wide: NDArray[np.float32] = dequantize(raw, GGMLQuantizationType[self.dtype])
+        if not wide.flags.writeable:
+            # F32 is a view of the file.
+            wide = wide.copy()
+        return wide.reshape(n_rows, self.shape[-1])
 
     def values(self) -> NDArray[np.float32]:
         """A vector as float32; GGUF's norms have their 1 added."""
