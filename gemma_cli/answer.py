@@ -40,7 +40,7 @@ class Answer:
 
 
 class StopTexts:
-    """Finds the first of some texts in a stream of pieces, across their borders."""
+    """Finds which of some texts ends first in a stream of pieces, whatever the pieces are."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = [stop for stop in stops if stop]
@@ -52,10 +52,11 @@ class StopTexts:
         if self.found:
             return ""
         text = self._held + piece
-        starts = [start for start in map(text.find, self.stops) if start >= 0]
-        if starts:
+        starts = [(text.find(stop), stop) for stop in self.stops]
+        found = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if found:
             self.found, self._held = True, ""
-            return text[: min(starts)]
+            return text[: min(found)[1]]
         held = max((overlap(text, stop) for stop in self.stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -111,7 +111,7 @@ def read_bandwidth(n_threads: int, repeat: int = 3) -> float:
     return buffer.nbytes / statistics.median(seconds) / 1e9
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
 def sum_stripes(buffer: NDArray[np.int64]) -> int:
     total = 0
     for stripe in numba.prange(len(buffer) // STRIPE):

@@ -112,7 +112,7 @@ def scored_rows(
 def log_softmax(logits: NDArray[np.float32], out: Floats, scratch: Floats) -> None:
     """Writes ln softmax(logits) to `out`. Fresh arrays of this size would cost more than the sums:
     the system hands out their pages anew each time."""
-    np.subtract(logits, logits.max(), out=out)
+    np.subtract(logits, logits.max(), out=out, dtype=np.float64)
     out -= np.log(np.exp(out, out=scratch).sum())
 
 
