@@ -277,6 +277,12 @@ def test_no_cut_off_model_is_taken() -> None:
             control_pieces_as_control(model[:size], "x.model")
 
 
+@pytest.mark.parametrize("piece", [b"<0x41>", b"the"])
+def test_a_piece_that_is_invalid_utf8_is_not_taken(piece: bytes) -> None:
+    with pytest.raises(GemmaError):
+        control_pieces_as_control(train().replace(piece, b"\xff" + piece[1:]))
+
+
 def test_a_model_that_changes_the_text_is_not_taken() -> None:
     # NormalizerSpec.add_dummy_prefix (field 3, an integer), from 0 to 1.
     model = train()

@@ -80,6 +80,8 @@ def test_pieces_and_ids() -> None:
     assert TOKENIZER.is_control(start)
     assert TOKENIZER.token_bytes(start) == b""
     assert TOKENIZER.piece_id("<unk>") == TOKENIZER.unk_id
+    assert TOKENIZER.is_control(TOKENIZER.unk_id)
+    assert TOKENIZER.decode([TOKENIZER.unk_id]) == ""
     assert TOKENIZER.piece_id("no such piece") is None
 
 
@@ -90,7 +92,9 @@ def test_padding_rows_of_the_embedding_are_no_text() -> None:
     assert str(beyond) in TOKENIZER.piece(beyond)
 
 
-@pytest.mark.parametrize("proto", [b"", b"no model", train()[:1000]])
+@pytest.mark.parametrize(
+    "proto", [b"", b"no model", train()[:1000], train().replace(b"<0x4", b"\xff0x4")]
+)
 def test_a_damaged_tokenizer_is_one_sentence(proto: bytes) -> None:
     with pytest.raises(GemmaError, match="tokenizer cannot be loaded"):
         Tokenizer(proto)

@@ -26,7 +26,7 @@ class Tokenizer:
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(model_proto)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # its message may be invalid UTF-8
             raise GemmaError(
                 "The model file's tokenizer cannot be loaded; quantize the checkpoint again."
             ) from error

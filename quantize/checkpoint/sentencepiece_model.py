@@ -267,7 +267,8 @@ def _checked(model_proto: bytes, where: str) -> bytes:
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(model_proto)
-    except RuntimeError as error:
+        model.id_to_piece(list(range(len(model))))  # so that none is invalid UTF-8
+    except (RuntimeError, ValueError) as error:  # SentencePiece's message may be invalid UTF-8 too
         raise GemmaError(
             f"{where} does not hold a tokenizer that SentencePiece can load; download it again."
         ) from error
