@@ -56,16 +56,16 @@ def find_model(model: str | None) -> Path:
     path = Path(model)
     if path.is_file():
         return path
-    for known in models:
-        if model in {known.name, known.stem}:
-            return known
+    for candidate in models:
+        if model in {candidate.name, candidate.stem}:
+            return candidate
     if path.is_dir():
         raise GemmaError(
             f"{path} is a folder, not a model file: if it is a checkpoint, convert it first with "
             f"`gemma-cli quantize {path}`."
         )
-    choice = f"it has {names(models)}" if models else f"it is empty; {HOW_TO_GET_ONE}"
-    raise GemmaError(f"{model} is neither a file nor a model in {models_folder()}, where {choice}.")
+    known = f"has {names(models)}" if models else f"is empty; {HOW_TO_GET_ONE}"
+    raise GemmaError(f"{model} is neither a file nor a name in {models_folder()}, which {known}.")
 
 
 def names(models: Sequence[Path]) -> str:

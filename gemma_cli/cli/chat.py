@@ -73,7 +73,7 @@ def chat(
         output.note("/help shows the commands; Ctrl-D leaves.")
 
     conversation: list[int] = []  # the ids that the model has seen, answers included
-    for line in terminal_lines() if interactive else sys.stdin:
+    for line in terminal_lines() if interactive else piped_lines():
         if interactive and line in COMMANDS:
             if line in {"/quit", "/exit"}:
                 break
@@ -118,6 +118,13 @@ def next_prompt(
     assert end is not None  # the first turn had one
     turn = loading.prompt_ids(tokenizer, text, None, chat)[1:]  # BOS stands in front already
     return [*conversation, end, *tokenizer.encode("\n"), *turn]
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of standard input that say something."""
+    for line in sys.stdin:
+        if line.strip():
+            yield line.removesuffix("\n").removesuffix("\r")
 
 
 def terminal_lines() -> Iterator[str]:

@@ -65,7 +65,7 @@ def inspect(
             (
                 "model",
                 f"{GENERATIONS.get(config.generation, config.generation)}, "
-                f"{n_weights / 1e6:.0f} million weights, "
+                f"{n_weights:,} weights, "
                 + ("base" if file.chat == "base" else "instruction-tuned"),
             ),
             ("layers", layers),

@@ -82,10 +82,10 @@ def quantize(
     groups = f"-g{group_size}" if group_size != 32 and bits in {4, 8} else ""
     path = out or models_folder() / f"{name}-{FORMATS[bits]}{groups}{SUFFIX}"
     if source == "demo":
-        output.note(demo.TERMS)
         if out is None and path.exists() and not (force or dry_run):
             report(existing(path), json)
             return
+        output.note(demo.TERMS)
     checkpoint = open_source(source)
     for text in checkpoint.notes:
         output.note(text)

@@ -11,7 +11,7 @@ from gemma_cli.cli import answering, loading, options
 
 def run(
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="What to answer or go on with.")
+        str | None, typer.Argument(metavar="PROMPT", help="What to answer or go on with.")
     ] = None,
     model: options.ModelName = None,
     file: options.Files = None,

@@ -10,7 +10,7 @@ from gemma_cli.cli import loading, options, output
 
 def tokenize(
     text: Annotated[
-        str | None, typer.Argument(metavar="[TEXT]", help="Default: standard input, if piped.")
+        str | None, typer.Argument(metavar="TEXT", help="Default: standard input, if piped.")
     ] = None,
     model: options.ModelName = None,
     chat: Annotated[

