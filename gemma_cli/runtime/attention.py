@@ -11,10 +11,11 @@ are made in the same order however many tokens are processed at once.
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from gemma_cli.runtime.kv_cache import CAPACITY, KEY_SCALES, KEYS, VALUE_SCALES, VALUES
 from gemma_cli.runtime.layers import soft_cap
+from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     absolute,
     address_of,
@@ -136,9 +137,25 @@ def _softmax_block(scores, maximum):
     return maximum, horizontal_sum(total)
 
 
-@njit(parallel=True)
-def attend(q, position, table, n_kv_heads, window, cap, is_int8, scratch, out, n_threads):
-    """Attention of one layer for n_tokens that follow each other, causal.
+@njit
+def _block_rows(n_tokens, group, n_threads):
+    """Queries in an item: one token's heads are divided among the threads, else whole blocks."""
+    return min(ROWS, (n_tokens * group + n_threads - 1) // n_threads)
+
+
+@njit
+def n_items(q, n_kv_heads, n_threads):
+    """Into how many items the queries (n_tokens, n_heads, head_dim) of a layer are divided."""
+    n_rows = q.shape[0] * (q.shape[1] // n_kv_heads)
+    rows = _block_rows(q.shape[0], q.shape[1] // n_kv_heads, n_threads)
+    return n_kv_heads * ((n_rows + rows - 1) // rows)
+
+
+@stage
+def attend(
+    item, thread, q, position, table, n_kv_heads, window, cap, is_int8, scratch, out, n_threads
+):
+    """Attention of one layer for n_tokens that follow each other, causal; one of n_items items.
 
     q: float32 (n_tokens, n_heads, head_dim), rotated and scaled; query heads of one key head are
     neighbours. position: of the first token. table: the layer's row of the cache's table; the
@@ -148,70 +165,47 @@ def attend(q, position, table, n_kv_heads, window, cap, is_int8, scratch, out, n
     """
     n_tokens, n_heads, head_dim = q.shape
     group = n_heads // n_kv_heads
-    n_rows = n_tokens * group
-    # One token's heads are divided among the threads; of many tokens, whole blocks of rows are.
-    block_rows = min(ROWS, (n_rows + n_threads - 1) // n_threads)
-    n_blocks = (n_rows + block_rows - 1) // block_rows
-    for thread in prange(n_threads):
-        sums = scratch[thread, : ROWS * head_dim].reshape(ROWS, head_dim)
-        rest = scratch[thread, ROWS * head_dim :]
-        block = rest[: BLOCK * head_dim].reshape(BLOCK, head_dim)
-        rest = rest[BLOCK * head_dim :]
-        scores = rest[: ROWS * BLOCK].reshape(ROWS, BLOCK)
-        rest = rest[ROWS * BLOCK :]
-        maxima, divisors = rest[:ROWS], rest[ROWS : 2 * ROWS]
-        for task in range(thread, n_kv_heads * n_blocks, n_threads):
-            head = task % n_kv_heads
-            first_row = task // n_kv_heads * block_rows
-            last_row = min(first_row + block_rows, n_rows)
-            oldest = position + first_row // group
-            newest = position + (last_row - 1) // group
-            start = max(0, oldest - window + 1) if window else 0
-            for r in range(last_row - first_row):
-                maxima[r], divisors[r] = _MASKED, 0
-                sums[r] = 0
-            block[:] = 0
-            for first in range(start // BLOCK * BLOCK, newest + 1, BLOCK):
-                last = min(first + BLOCK, newest + 1)
-                _widen(
-                    table,
-                    KEYS,
-                    KEY_SCALES,
-                    head,
-                    n_kv_heads,
-                    max(first, start),
-                    last,
-                    is_int8,
-                    block[max(first, start) - first :],
-                )
-                for r in range(last_row - first_row):
-                    token = (first_row + r) // group
-                    row = scores[r]
-                    _score(q[token, head * group + (first_row + r) % group], block, row)
-                    if cap > 0:
-                        soft_cap(row, cap)
-                    here = position + token
-                    for j in range(BLOCK):
-                        p = first + j
-                        if p > here or (window and p <= here - window):
-                            row[j] = _MASKED
-                _widen(
-                    table,
-                    VALUES,
-                    VALUE_SCALES,
-                    head,
-                    n_kv_heads,
-                    max(first, start),
-                    last,
-                    is_int8,
-                    block[max(first, start) - first :],
-                )
-                for r in range(last_row - first_row):
-                    maximum, total = _softmax_block(scores[r], maxima[r])
-                    decay = np.float32(math.exp(maxima[r] - maximum))
-                    _weigh(scores[r], block, decay, sums[r])
-                    maxima[r] = maximum
-                    divisors[r] = divisors[r] * decay + total
-            for r in range(last_row - first_row):
-                row = first_row + r
-                out[row // group, head * group + row % group] = sums[r] / divisors[r]
+    block_rows = _block_rows(n_tokens, group, n_threads)
+    sums = scratch[thread, : ROWS * head_dim].reshape(ROWS, head_dim)
+    rest = scratch[thread, ROWS * head_dim :]
+    block = rest[: BLOCK * head_dim].reshape(BLOCK, head_dim)
+    rest = rest[BLOCK * head_dim :]
+    scores = rest[: ROWS * BLOCK].reshape(ROWS, BLOCK)
+    rest = rest[ROWS * BLOCK :]
+    maxima, divisors = rest[:ROWS], rest[ROWS : 2 * ROWS]
+
+    head = item % n_kv_heads
+    first_row = item // n_kv_heads * block_rows
+    rows = min(block_rows, n_tokens * group - first_row)
+    newest = position + (first_row + rows - 1) // group
+    start = max(0, position + first_row // group - window + 1) if window else 0
+    for r in range(rows):
+        maxima[r], divisors[r] = _MASKED, 0
+        sums[r] = 0
+    block[:] = 0  # Rows that no position fills are multiplied by a weight of zero.
+    for first in range(start // BLOCK * BLOCK, newest + 1, BLOCK):
+        low, high = max(first, start), min(first + BLOCK, newest + 1)
+        _widen(table, KEYS, KEY_SCALES, head, n_kv_heads, low, high, is_int8, block[low - first :])
+        for r in range(rows):
+            token = (first_row + r) // group
+            row = scores[r]
+            _score(q[token, head * group + (first_row + r) % group], block, row)
+            if cap > 0:
+                soft_cap(row, cap)
+            here = position + token
+            for j in range(BLOCK):
+                p = first + j
+                if p > here or (window and p <= here - window):
+                    row[j] = _MASKED
+        _widen(
+            table, VALUES, VALUE_SCALES, head, n_kv_heads, low, high, is_int8, block[low - first :]
+        )
+        for r in range(rows):
+            maximum, total = _softmax_block(scores[r], maxima[r])
+            decay = np.float32(math.exp(maxima[r] - maximum))
+            _weigh(scores[r], block, decay, sums[r])
+            maxima[r] = maximum
+            divisors[r] = divisors[r] * decay + total
+    for r in range(rows):
+        row = first_row + r
+        out[row // group, head * group + row % group] = sums[r] / divisors[r]

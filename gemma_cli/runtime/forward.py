@@ -12,7 +12,7 @@ queries and keys (Gemma 1: arXiv:2403.08295; 2: arXiv:2408.00118; 3: arXiv:2503.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 
 from gemma_cli.runtime import attention, kv_cache, matmul
@@ -28,6 +28,7 @@ from gemma_cli.runtime.matmul import (
     quantize_row,
     tile_bytes,
 )
+from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import load_byte, load_scalar
 
 # Rows of the table of matrices: these seven for every layer, then the embedding.
@@ -81,6 +82,19 @@ class Scratch(NamedTuple):
     attention: NDArray[np.float32]  # (n_threads, attention.scratch_size)
 
 
+class Inputs(NamedTuple):
+    """The inputs of a matrix, as float32 and as matmul.quantize_row rounds them."""
+
+    values: NDArray[np.float32]  # (n_tokens, n_in)
+    codes: NDArray[np.int8]  # (n_tokens, n_in)
+    scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
+    sums: NDArray[np.int32]  # (n_tokens, n_in / 32)
+
+
+STAGES = 10  # of a layer
+GATE_PART = 2048  # outputs of GeGLU that one thread computes at once
+
+
 @njit
 def _weight(table, row, column, stride):
     """Element (row, column) of a matrix of the table; `stride` is its tile_bytes."""
@@ -125,137 +139,170 @@ def embed(table, token, factor, x):
         x[i] = _weight(table, token, i, stride) * factor
 
 
-@njit
-def _quantize(inputs, codes, scales, sums, t):
-    quantize_row(inputs[t], codes[t], scales[t], sums[t])
+# The stages. Each does one item of its work: a token, a part of one, or some tiles of a matrix.
 
 
-@njit(parallel=True)
-def _normalize_rows(x, weight, eps, inputs, codes, scales, sums):
-    """A norm of every token, and its rounding for the matrices that follow."""
-    for t in prange(x.shape[0]):
-        rms_norm(x[t], weight, eps, inputs[t])
-        _quantize(inputs, codes, scales, sums, t)
+@stage
+def _start_token(t, thread, s, weights, scratch, tokens, position, h):
+    """The token's embedding, its rotary angles, and the first norm."""
+    x = scratch.x[t]
+    embed(weights.matrices[7 * s.n_layers], tokens[t], np.float32(np.sqrt(x.size)), x)
+    for kind in range(2):
+        rotary_angles(
+            position + t,
+            s.rope_local_base if kind else s.rope_base,
+            1.0 if kind else s.rope_scale,
+            scratch.angles[kind, 0, t],
+            scratch.angles[kind, 1, t],
+        )
+    rms_norm(x, weights.norms[0, ATTN_NORM], s.rms_norm_eps, h.values[t])
+    quantize_row(h.values[t], h.codes[t], h.scales[t], h.sums[t])
 
 
-@njit(parallel=True)
-def _quantize_rows(inputs, codes, scales, sums):
-    for t in prange(inputs.shape[0]):
-        _quantize(inputs, codes, scales, sums, t)
-
-
-@njit(parallel=True)
-def _geglu_rows(gate_up, inputs, codes, scales, sums):
-    for t in prange(inputs.shape[0]):
-        geglu(gate_up[t], inputs[t])
-        _quantize(inputs, codes, scales, sums, t)
-
-
-@njit(parallel=True)
-def _add_rows(x, y, weight, eps):
-    """x += y, after y's own norm if there is one."""
-    for t in prange(x.shape[0]):
-        if weight:
-            rms_norm(y[t], weight, eps, y[t])
-        add(x[t], y[t])
-
-
-@njit(parallel=True)
-def _place_rows(s, qkv, norms, cos, sin, cache, is_int8, position, queries):
+@stage
+def _place_token(t, thread, s, qkv, norms, angles, cache, is_int8, position, queries):
     """Queries normalized, rotated, scaled; keys normalized, rotated and stored; values stored."""
-    d = s.head_dim
-    for t in prange(qkv.shape[0]):
-        slot = (position + t) % cache[kv_cache.CAPACITY]
-        for h in range(s.n_heads):
-            query = queries[t, h]
-            query[:] = qkv[t, h * d : (h + 1) * d]
-            if norms[Q_NORM]:
-                rms_norm(query, norms[Q_NORM], s.rms_norm_eps, query)
-            rotate(query, cos[t], sin[t], np.float32(s.query_scale))
-        for h in range(s.n_kv_heads):
-            start = (s.n_heads + h) * d
-            key = qkv[t, start : start + d]
-            if norms[K_NORM]:
-                rms_norm(key, norms[K_NORM], s.rms_norm_eps, key)
-            rotate(key, cos[t], sin[t], np.float32(1))
-            attention.store_head(
-                key,
-                s.n_kv_heads,
-                h,
-                slot,
-                is_int8,
-                cache[kv_cache.KEYS],
-                cache[kv_cache.KEY_SCALES],
-            )
-            start += s.n_kv_heads * d
-            attention.store_head(
-                qkv[t, start : start + d],
-                s.n_kv_heads,
-                h,
-                slot,
-                is_int8,
-                cache[kv_cache.VALUES],
-                cache[kv_cache.VALUE_SCALES],
-            )
+    d, cos, sin = s.head_dim, angles[0, t], angles[1, t]
+    slot = (position + t) % cache[kv_cache.CAPACITY]
+    for head in range(s.n_heads):
+        query = queries[t, head]
+        query[:] = qkv[t, head * d : (head + 1) * d]
+        if norms[Q_NORM]:
+            rms_norm(query, norms[Q_NORM], s.rms_norm_eps, query)
+        rotate(query, cos, sin, np.float32(s.query_scale))
+    n = s.n_kv_heads
+    for head in range(n):
+        start = (s.n_heads + head) * d
+        key, value = qkv[t, start : start + d], qkv[t, start + n * d : start + (n + 1) * d]
+        if norms[K_NORM]:
+            rms_norm(key, norms[K_NORM], s.rms_norm_eps, key)
+        rotate(key, cos, sin, np.float32(1))
+        keys, values = cache[kv_cache.KEYS], cache[kv_cache.VALUES]
+        attention.store_head(key, n, head, slot, is_int8, keys, cache[kv_cache.KEY_SCALES])
+        attention.store_head(value, n, head, slot, is_int8, values, cache[kv_cache.VALUE_SCALES])
+
+
+@stage
+def _quantize_token(t, thread, h):
+    quantize_row(h.values[t], h.codes[t], h.scales[t], h.sums[t])
+
+
+@stage
+def _add_token(t, thread, x, y, post_norm, next_norm, eps, h):
+    """x += y, after y's own norm if there is one; then the norm of what comes next."""
+    if post_norm:
+        rms_norm(y[t], post_norm, eps, y[t])
+    add(x[t], y[t])
+    rms_norm(x[t], next_norm, eps, h.values[t])
+    quantize_row(h.values[t], h.codes[t], h.scales[t], h.sums[t])
+
+
+@stage
+def _gate_part(item, thread, gate_up, h):
+    """GeGLU for GATE_PART outputs of a token."""
+    width = h.values.shape[1]
+    parts = (width + GATE_PART - 1) // GATE_PART
+    t, start = item // parts, item % parts * GATE_PART
+    stop = min(start + GATE_PART, width)
+    geglu(gate_up[t, start:stop], gate_up[t, width + start : width + stop], h.values[t, start:stop])
+    runs = slice(start // 32, stop // 32)
+    quantize_row(
+        h.values[t, start:stop], h.codes[t, start:stop], h.scales[t, runs], h.sums[t, runs]
+    )
+
+
+@stage
+def _cap_token(t, thread, logits, cap):
+    if cap > 0:
+        soft_cap(logits[t], cap)
 
 
 @njit
-def _rows(flat, n_tokens, width):
+def _cut(flat, n_tokens, width):
     return flat[: n_tokens * width].reshape(n_tokens, width)
 
 
-@njit(cache=True)
-def forward(s, weights, cache, is_int8, scratch, tokens, position, logits, n_threads):
-    """Runs tokens that follow each other and appends them to the cache.
-
-    s: Shape; cache: the KVCache's table, int8 or float16; tokens: int32 (n_tokens,), at most a
-    chunk; position: of the first. logits: float32 (n_last, 16 tiles of the vocabulary), filled for
-    the last n_last tokens.
-    """
-    n, hidden, n_last = tokens.size, s.hidden_size, logits.shape[0]
-    matrices, last = weights.matrices, 7 * s.n_layers
-    x = scratch.x[:n]
-    for t in range(n):
-        embed(matrices[last], tokens[t], np.float32(np.sqrt(hidden)), x[t])
-        for kind in range(2):
-            rotary_angles(
-                position + t,
-                s.rope_local_base if kind else s.rope_base,
-                1.0 if kind else s.rope_scale,
-                scratch.angles[kind, 0, t],
-                scratch.angles[kind, 1, t],
-            )
-    inputs = _rows(scratch.inputs, n, hidden)
-    codes = _rows(scratch.codes, n, hidden)
-    scales, sums = _rows(scratch.scales, n, hidden // 32), _rows(scratch.sums, n, hidden // 32)
-
-    heads = s.n_heads * s.head_dim
-    mixed = _rows(scratch.inputs, n, heads)
-    mixed_codes = _rows(scratch.codes, n, heads)
-    mixed_scales = _rows(scratch.scales, n, heads // 32)
-    mixed_sums = _rows(scratch.sums, n, heads // 32)
-
-    ffn = s.intermediate_size
-    gated = _rows(scratch.inputs, n, ffn)
-    gated_codes = _rows(scratch.codes, n, ffn)
-    gated_scales, gated_sums = (
-        _rows(scratch.scales, n, ffn // 32),
-        _rows(scratch.sums, n, ffn // 32),
+@njit
+def _inputs(scratch, n_tokens, width):
+    """The scratch memory for a matrix's inputs, of this width."""
+    return Inputs(
+        _cut(scratch.inputs, n_tokens, width),
+        _cut(scratch.codes, n_tokens, width),
+        _cut(scratch.scales, n_tokens, width // 32),
+        _cut(scratch.sums, n_tokens, width // 32),
     )
 
-    qkv = _rows(scratch.outputs, n, (s.n_heads + 2 * s.n_kv_heads) * s.head_dim)
-    gate_up = _rows(scratch.outputs, n, 2 * ffn)
-    y = _rows(scratch.outputs, n, hidden)
-    queries = scratch.queries[:n]
 
+@njit
+def _multiply(counters, row, thread, n_threads, matrices, h, y):
+    items = matmul.n_items(matrices, n_threads)
+    matmul.matmul(
+        counters,
+        row,
+        items,
+        thread,
+        matrices,
+        h.values,
+        h.codes,
+        h.scales,
+        h.sums,
+        y,
+        n_threads,
+    )
+
+
+def n_stages(n_layers: int) -> int:
+    """Rows of counters that `forward` needs."""
+    return 1 + STAGES * n_layers + 2
+
+
+@njit(cache=True, nogil=True)
+def forward(
+    thread, counters, s, weights, cache, is_int8, scratch, tokens, position, logits, n_threads
+):
+    """Runs tokens that follow each other and appends them to the cache.
+
+    Called by n_threads threads with the same arguments but `thread`, 0 to n_threads - 1.
+    counters: of the team, for n_stages(n_layers), zeroed; s: Shape; cache: the KVCache's table,
+    int8 or float16; tokens: int32 (n_tokens,), at most a chunk; position: of the first. logits:
+    float32 (n_last, 16 x the embedding's tiles), filled for the last n_last tokens.
+    """
+    n, n_last, ffn = tokens.size, logits.shape[0], s.intermediate_size
+    eps, matrices = s.rms_norm_eps, weights.matrices
+    x, queries = scratch.x[:n], scratch.queries[:n]
+    h = _inputs(scratch, n, s.hidden_size)
+    mixed = _inputs(scratch, n, s.n_heads * s.head_dim)
+    gated = _inputs(scratch, n, ffn)
+    qkv = _cut(scratch.outputs, n, (s.n_heads + 2 * s.n_kv_heads) * s.head_dim)
+    gate_up = _cut(scratch.outputs, n, 2 * ffn)
+    y = _cut(scratch.outputs, n, s.hidden_size)
+    heads_out = mixed.values.reshape(n, s.n_heads, s.head_dim)
+
+    _start_token(counters, 0, n, thread, s, weights, scratch, tokens, position, h)
     for layer in range(s.n_layers):
         w, norms = matrices[7 * layer : 7 * layer + 7], weights.norms[layer]
-        slides = weights.slides[layer]
-        angles = scratch.angles[1 if slides else 0]
-        _normalize_rows(x, norms[ATTN_NORM], s.rms_norm_eps, inputs, codes, scales, sums)
-        matmul.matmul(w[Q : V + 1], inputs, codes, scales, sums, qkv, n_threads)
-        _place_rows(s, qkv, norms, angles[0], angles[1], cache[layer], is_int8, position, queries)
+        slides, row = weights.slides[layer], 1 + STAGES * layer
+        _multiply(counters, row, thread, n_threads, w[Q : V + 1], h, qkv)
+        _place_token(
+            counters,
+            row + 1,
+            n,
+            thread,
+            s,
+            qkv,
+            norms,
+            scratch.angles[int(slides)],
+            cache[layer],
+            is_int8,
+            position,
+            queries,
+        )
+        items = attention.n_items(queries, s.n_kv_heads, n_threads)
         attention.attend(
+            counters,
+            row + 2,
+            items,
+            thread,
             queries,
             position,
             cache[layer],
@@ -264,36 +311,49 @@ def forward(s, weights, cache, is_int8, scratch, tokens, position, logits, n_thr
             s.attention_soft_cap,
             is_int8,
             scratch.attention,
-            mixed.reshape(n, s.n_heads, s.head_dim),
+            heads_out,
             n_threads,
         )
-        _quantize_rows(mixed, mixed_codes, mixed_scales, mixed_sums)
-        matmul.matmul(w[O : O + 1], mixed, mixed_codes, mixed_scales, mixed_sums, y, n_threads)
-        _add_rows(x, y, norms[POST_ATTN_NORM], s.rms_norm_eps)
-        _normalize_rows(x, norms[FFN_NORM], s.rms_norm_eps, inputs, codes, scales, sums)
-        matmul.matmul(w[GATE : UP + 1], inputs, codes, scales, sums, gate_up, n_threads)
-        _geglu_rows(gate_up, gated, gated_codes, gated_scales, gated_sums)
-        matmul.matmul(
-            w[DOWN : DOWN + 1], gated, gated_codes, gated_scales, gated_sums, y, n_threads
+        _quantize_token(counters, row + 3, n, thread, mixed)
+        _multiply(counters, row + 4, thread, n_threads, w[O : O + 1], mixed, y)
+        _add_token(
+            counters,
+            row + 5,
+            n,
+            thread,
+            x,
+            y,
+            norms[POST_ATTN_NORM],
+            norms[FFN_NORM],
+            eps,
+            h,
         )
-        _add_rows(x, y, norms[POST_FFN_NORM], s.rms_norm_eps)
+        _multiply(counters, row + 6, thread, n_threads, w[GATE : UP + 1], h, gate_up)
+        parts = (ffn + GATE_PART - 1) // GATE_PART
+        _gate_part(counters, row + 7, n * parts, thread, gate_up, gated)
+        _multiply(counters, row + 8, thread, n_threads, w[DOWN : DOWN + 1], gated, y)
+        # The row after the last layer's holds the final norm in this column.
+        next_norm = weights.norms[layer + 1, ATTN_NORM]
+        _add_token(
+            counters,
+            row + 9,
+            n,
+            thread,
+            x,
+            y,
+            norms[POST_FFN_NORM],
+            next_norm,
+            eps,
+            h,
+        )
 
     if n_last:
-        first = n - n_last
-        final = weights.norms[s.n_layers, 0]
-        _normalize_rows(
-            x[first:],
-            final,
-            s.rms_norm_eps,
-            inputs[first:],
-            codes[first:],
-            scales[first:],
-            sums[first:],
+        row = 1 + STAGES * s.n_layers
+        last = Inputs(
+            h.values[n - n_last :],
+            h.codes[n - n_last :],
+            h.scales[n - n_last :],
+            h.sums[n - n_last :],
         )
-        head = matrices[last : last + 1]
-        matmul.matmul(
-            head, inputs[first:], codes[first:], scales[first:], sums[first:], logits, n_threads
-        )
-        if s.final_soft_cap > 0:
-            for t in range(n_last):
-                soft_cap(logits[t], s.final_soft_cap)
+        _multiply(counters, row, thread, n_threads, matrices[7 * s.n_layers :], last, logits)
+        _cap_token(counters, row + 1, n_last, thread, logits, s.final_soft_cap)

@@ -6,6 +6,7 @@ code then keeps to that set, so that a newer CPU can run what an older one would
 """
 
 import os
+import platform
 import sys
 
 import llvmlite.binding as llvm
@@ -13,6 +14,11 @@ import llvmlite.binding as llvm
 from quantize.errors import GemmaError
 
 NAMES = ("avx512vnni", "avxvnni", "avx2", "neon", "plain")
+
+MACHINE = {"x86_64": "x86", "amd64": "x86", "aarch64": "arm", "arm64": "arm"}.get(
+    platform.machine().lower(), "other"
+)
+"""The family of the CPU: "x86", "arm" or "other"."""
 
 
 def _features() -> dict[str, bool]:

@@ -66,19 +66,19 @@ def rotate(x, cos, sin, factor):
 
 
 @njit
-def geglu(gate_up, y):
+def geglu(gate, up, y):
     """y = gelu(gate) * up (Shazeer 2020, arXiv:2002.05202), gelu with its tanh approximation.
 
     gelu(g) = g / 2 (1 + tanh(u)) = g / (1 + exp(-2 u)), u = sqrt(2 / pi) (g + 0.044715 g^3).
-    gate_up: float32 (2 n,), gate first; y: float32 (n,); n a multiple of 16.
+    gate, up, y: float32 (n,), n a multiple of 16.
     """
-    source, target = address_of(gate_up), address_of(y)
+    gates, ups, target = address_of(gate), address_of(up), address_of(y)
     one, cubic = splat(1.0), splat(0.044715)
     factor = splat(-2.0 * math.sqrt(2.0 / math.pi))
     for i in range(0, 4 * y.size, 64):
-        gate, up = load_f32(source + i), load_f32(source + 4 * y.size + i)
-        u = factor * gate * fma(cubic, gate * gate, one)
-        store_f32(target + i, gate / (one + exp(u)) * up)
+        g = load_f32(gates + i)
+        u = factor * g * fma(cubic, g * g, one)
+        store_f32(target + i, g / (one + exp(u)) * load_f32(ups + i))
 
 
 @njit

@@ -12,9 +12,10 @@ inputs, so that a group's dot product is an exact integer:
               x_scale[t, s] * sum over i in s of w_code[r, i] x_code[t, i]
 """
 
-from numba import njit, prange
+from numba import njit
 
 from gemma_cli.runtime import isa
+from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     absolute,
     add_outer,
@@ -126,34 +127,41 @@ def tile_bytes(matrix):
     return n_in // matrix[GROUP_SIZE] * (_SCALES + matrix[GROUP_SIZE] // 32 * run)
 
 
-@njit(parallel=True)
-def matmul(matrices, x, codes, scales, sums, y, n_threads):
+@njit
+def n_items(matrices, n_threads):
+    """Into how many items the tiles of several matrices are divided: enough to balance threads."""
+    return min(matrices[:, N_TILES].sum(), 16 * n_threads)
+
+
+@stage
+def matmul(item, thread, matrices, x, codes, scales, sums, y, n_threads):
     """Multiplies the same inputs by several matrices, whose outputs lie side by side.
 
-    matrices: int64 (n_matrices, N_COLUMNS); x: float32 (n_tokens, n_in), read by float formats;
-    codes, scales, sums: the same from quantize_row, (n_tokens, n_in), (n_tokens, n_in / 32) twice,
-    read by the others; y: float32, C-contiguous, n_tokens rows of at least 16 times all tiles.
+    Does one of n_items(matrices, n_threads) items. matrices: int64 (n_matrices, N_COLUMNS); x:
+    float32 (n_tokens, n_in), read by float formats; codes, scales, sums: the same from
+    quantize_row, (n_tokens, n_in), (n_tokens, n_in / 32) twice, read by the others; y: float32,
+    C-contiguous, n_tokens rows of at least 16 times all tiles.
     """
-    n_tokens, y_stride = x.shape[0], 4 * y.shape[1]
-    n_in = x.shape[1]
-    for thread in prange(n_threads):
-        column = 0
-        for m in range(matrices.shape[0]):
-            matrix = matrices[m]
-            n_tiles, size = matrix[N_TILES], tile_bytes(matrix)
-            first, last = n_tiles * thread // n_threads, n_tiles * (thread + 1) // n_threads
-            for tile in range(first, last):
-                w = matrix[ADDRESS] + tile * size
-                out = address_of(y) + 4 * (column + 16 * tile)
-                t = 0
-                while t < n_tokens:
-                    run = t * n_in // 32 * 4
-                    px, pc = address_of(x) + 4 * t * n_in, address_of(codes) + t * n_in
-                    ps, pn = address_of(scales) + run, address_of(sums) + run
-                    if t + TOKENS <= n_tokens:
-                        _some_tokens(matrix, w, px, pc, ps, pn, out + t * y_stride, y_stride)
-                        t += TOKENS
-                    else:
-                        _one_token(matrix, w, px, pc, ps, pn, out + t * y_stride, y_stride)
-                        t += 1
-            column += 16 * n_tiles
+    n_tokens, n_in = x.shape
+    y_stride = 4 * y.shape[1]
+    total, items = matrices[:, N_TILES].sum(), n_items(matrices, n_threads)
+    start, stop = total * item // items, total * (item + 1) // items
+    before = 0  # tiles of the matrices passed
+    for m in range(matrices.shape[0]):
+        matrix = matrices[m]
+        n_tiles, size = matrix[N_TILES], tile_bytes(matrix)
+        for tile in range(max(start, before), min(stop, before + n_tiles)):
+            w = matrix[ADDRESS] + (tile - before) * size
+            out = address_of(y) + 64 * tile
+            t = 0
+            while t < n_tokens:
+                run = t * n_in // 32 * 4
+                px, pc = address_of(x) + 4 * t * n_in, address_of(codes) + t * n_in
+                ps, pn = address_of(scales) + run, address_of(sums) + run
+                if t + TOKENS <= n_tokens:
+                    _some_tokens(matrix, w, px, pc, ps, pn, out + t * y_stride, y_stride)
+                    t += TOKENS
+                else:
+                    _one_token(matrix, w, px, pc, ps, pn, out + t * y_stride, y_stride)
+                    t += 1
+        before += n_tiles

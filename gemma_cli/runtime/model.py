@@ -2,14 +2,22 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, matmul
-from gemma_cli.runtime.forward import MATRICES, NORMS, Scratch, Shape, Weights, forward
+from gemma_cli.runtime import attention, matmul, team
+from gemma_cli.runtime.forward import (
+    MATRICES,
+    NORMS,
+    Scratch,
+    Shape,
+    Weights,
+    forward,
+    n_stages,
+)
 from gemma_cli.runtime.kv_cache import KVCache
 from quantize import packing
 from quantize.config import GemmaConfig
@@ -53,12 +61,15 @@ class Model:
         self.file = file
         self.config = file.config
         self.chunk_size = chunk_size
-        self.n_threads = min(n_threads or default_threads(), numba.config.NUMBA_NUM_THREADS)
+        self.n_threads = n_threads or default_threads()
+        # Compiled code gives up the interpreter's lock, so plain threads run side by side.
+        self._pool = ThreadPoolExecutor(max(1, self.n_threads - 1))
         self._shape = _shape(self.config)
         self._codebooks: list[NDArray[np.uint8]] = []
         self._weights = self._addresses()
         self._scratch = self._allocate()
         n_columns = 16 * packing.n_tiles(self.config.vocab_size)
+        self._counters = team.counters(n_stages(self.config.n_layers))
         self._logits = np.zeros((1, n_columns), np.float32)
 
     @property
@@ -109,18 +120,27 @@ class Model:
         return KVCache(self.config, context, kv, self.chunk_size)
 
     def _run(self, ids: NDArray[np.int32], cache: KVCache, logits: NDArray[np.float32]) -> None:
-        numba.set_num_threads(self.n_threads)
-        forward(
-            self._shape,
-            self._weights,
-            cache.table,
-            cache.kind == "int8",
-            self._scratch,
-            ids,
-            cache.length,
-            logits,
-            self.n_threads,
-        )
+        self._counters[:] = 0
+
+        def work(thread: int) -> None:
+            forward(
+                thread,
+                self._counters,
+                self._shape,
+                self._weights,
+                cache.table,
+                cache.kind == "int8",
+                self._scratch,
+                ids,
+                cache.length,
+                logits,
+                self.n_threads,
+            )
+
+        others = [self._pool.submit(work, thread) for thread in range(1, self.n_threads)]
+        work(0)
+        for other in others:
+            other.result()
         cache.length += len(ids)
 
     def _checked(self, ids: Ids, cache: KVCache) -> NDArray[np.int32]:
