@@ -1,0 +1,43 @@
+# `make demo` installs everything beside this file and lets Gemma answer; `make test` tests it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_MODEL := gemma-3-270m-int4
+# Tests keep their compiled kernels and models here, away from those in use.
+TEST_HOME := $(CURDIR)/.venv/test-home
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed-demo
+	@$(BIN)/gemma-cli models | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
+	@echo
+	@echo '$$ gemma-cli run -m $(DEMO_MODEL) -n 40 -t 0 "The capital of France is"'
+	@$(BIN)/gemma-cli run -m $(DEMO_MODEL) -n 40 -t 0 "The capital of France is"
+	@echo
+	@echo 'Next: $(BIN)/gemma-cli chat, $(BIN)/gemma-cli --help, or a checkpoint of your own (README.md).'
+
+test: .venv/installed-dev
+	GEMMA_CLI_HOME=$(TEST_HOME) $(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed-demo: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+.venv/installed-dev: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	@touch $@
