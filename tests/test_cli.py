@@ -19,7 +19,7 @@ import pytest
 import reference
 
 from gemma_cli.cli import output
-from gemma_cli.cli.main import main
+from gemma_cli.cli.main import execute
 from gemma_cli.runtime import Model
 from gemma_cli.runtime.compilation import cache_folder
 from gemma_cli.text.chat import Turn, chat_prompt, raw_prompt
@@ -79,11 +79,9 @@ def cli(
     def run(*args: str | Path, stdin: bytes = b"") -> Result:
         monkeypatch.setattr(sys, "argv", ["gemma-cli", *map(str, args)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        with pytest.raises(SystemExit) as left:
-            main()
+        status = execute()
         out, err = capfdbinary.readouterr()
-        assert isinstance(left.value.code, int)
-        return Result(left.value.code, out.decode(), err.decode())
+        return Result(status, out.decode(), err.decode())
 
     yield run
     signal.signal(signal.SIGPIPE, handler)
@@ -340,7 +338,7 @@ def test_a_conversation_on_a_terminal(home: Path) -> None:
     os.write(terminal, b"\x03")  # Ctrl-C stops the answer, not the program
     read_until(terminal, rb"\n(\x1b\[\?2004h)?> $")
     os.write(terminal, b"/clear\n")
-    read_until(terminal, b"Cleared")
+    read_until(terminal, rb"Cleared[^>]*> $")
     os.write(terminal, b"\x03")  # and nothing at the prompt
     read_until(terminal, b"leaves")
     os.write(terminal, b"\x04")
@@ -381,6 +379,22 @@ def test_the_reader_goes_away(home: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(30) == 141
+
+
+def test_a_full_disk(home: Path) -> None:
+    if not Path("/dev/full").exists():
+        return  # Linux only
+    command, environment = program(home)
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            [*command, "tokenize", "-m", "base", "ham"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (result.returncode, result.stderr) == (1, b"gemma-cli: No space left on device.\n")
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])

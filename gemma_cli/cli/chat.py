@@ -96,6 +96,7 @@ def chat(
             output.note(f"{error} This turn was left out; /clear starts again.")
             continue
         form.end(answer, load_s)
+        load_s = 0.0  # the next turn waits for no loading
         conversation = [*prompt_ids, *answer.ids]
         if len(conversation) >= cache.capacity:
             output.note("The context is full: /clear starts again, -c/--context makes it larger.")
