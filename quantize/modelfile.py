@@ -26,30 +26,34 @@ Tensors
                      for bf16 and f32
     sha256           JSON, {tensor name: hexadecimal SHA-256 of its bytes}
 
-Names of tensors are those of quantize.checkpoint. Weight matrices are read in the order in which
+Names of tensors are those of quantize.tensors. Weight matrices are read in the order in which
 a token meets them, and so they lie, with the embedding, which is also the output head, last.
 """
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantize import packing
-from quantize.config import GemmaConfig
+from quantize.checkpoint.source import map_file, sampling_defaults
+from quantize.config import Fields, GemmaConfig, parse_json_object
 from quantize.errors import GemmaError
 from quantize.recipe import GROUP_SIZES
+from quantize.tensors import matrix_shapes, norm_sizes
 
 ALIGNMENT = 64
 VERSION = "1"
+CHATS = ("gemma", "base")
 _LARGEST_HEADER = 100_000_000
 _ITEM_BYTES = {"U8": 1, "BF16": 2, "F32": 4}
 
@@ -108,39 +112,31 @@ def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def norm_names(config: GemmaConfig) -> dict[str, int]:
-    """Every norm of an architecture and its length, in the order of their use."""
-    per_layer = {"attn_norm": config.hidden_size}
-    if config.has_qk_norm:
-        per_layer |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
-    if config.has_post_norms:
-        per_layer["post_attn_norm"] = config.hidden_size
-    per_layer["ffn_norm"] = config.hidden_size
-    if config.has_post_norms:
-        per_layer["post_ffn_norm"] = config.hidden_size
-    names = {
-        f"layers.{i}.{n}": size for i in range(config.n_layers) for n, size in per_layer.items()
-    }
-    return names | {"final_norm": config.hidden_size}
+class _Entry(TypedDict):
+    """Where a tensor lies, as the safetensors header says it."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
 
 
-def matrix_shapes(config: GemmaConfig) -> dict[str, tuple[int, int]]:
-    """Every weight matrix of an architecture and its (n_out, n_in), in the order of their use."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    per_layer = {
-        "attn_q": (queries, hidden),
-        "attn_k": (keys, hidden),
-        "attn_v": (keys, hidden),
-        "attn_o": (hidden, queries),
-        "ffn_gate": (ffn, hidden),
-        "ffn_up": (ffn, hidden),
-        "ffn_down": (hidden, ffn),
-    }
-    names = {
-        f"layers.{i}.{n}": shape for i in range(config.n_layers) for n, shape in per_layer.items()
-    }
-    return names | {"embed": (config.vocab_size, hidden)}
+def _layout(
+    config: GemmaConfig, tokenizer_bytes: int, matrices: Mapping[str, MatrixSpec]
+) -> dict[str, _Entry]:
+    """The header's entry of every tensor, in their order."""
+    size = _aligned(tokenizer_bytes)
+    tensors: dict[str, tuple[str, list[int], int]] = {"tokenizer": ("U8", [size], size)}
+    for name, length in norm_sizes(config).items():
+        size = _aligned(4 * length)
+        tensors[name] = ("F32", [size // 4], size)
+    for name, m in matrices.items():
+        tensors[name] = (m.dtype, list(m.shape), m.nbytes)
+    entries: dict[str, _Entry] = {}
+    start = 0
+    for name, (dtype, shape, size) in tensors.items():
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
+        start += size
+    return entries
 
 
 class Writer:
@@ -160,14 +156,9 @@ class Writer:
             "tokenizer_bytes": str(len(description.tokenizer_model)),
             "matrices": json.dumps({n: asdict(m) for n, m in description.matrices.items()}),
         }
-        self._layout: dict[str, tuple[str, tuple[int, ...], int]] = {}
-        size = _aligned(len(description.tokenizer_model))
-        self._layout["tokenizer"] = ("U8", (size,), size)
-        for name, length in norm_names(description.config).items():
-            size = _aligned(4 * length)
-            self._layout[name] = ("F32", (size // 4,), size)
-        for name, m in description.matrices.items():
-            self._layout[name] = (m.dtype, m.shape, m.nbytes)
+        self._layout = _layout(
+            description.config, len(description.tokenizer_model), description.matrices
+        )
         self._pending = list(self._layout)
         file.write(self._header())
         self.write("tokenizer", [np.frombuffer(description.tokenizer_model, np.uint8)])
@@ -175,13 +166,8 @@ class Writer:
     def _header(self) -> bytes:
         # A checksum has the same length before it is known, so the header keeps its size.
         digests = {name: self._digests.get(name, "0" * 64) for name in self._layout}
-        header: dict[str, object] = {
-            "__metadata__": self._metadata | {"sha256": json.dumps(digests)}
-        }
-        start = 0
-        for name, (dtype, shape, size) in self._layout.items():
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
-            start += size
+        metadata = self._metadata | {"sha256": json.dumps(digests)}
+        header = {"__metadata__": metadata} | self._layout
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (_aligned(8 + len(text)) - 8 - len(text))
         return len(text).to_bytes(8, "little") + text
@@ -190,7 +176,8 @@ class Writer:
         """Writes the next tensor, given in parts that follow each other, and fills it up."""
         if not self._pending or self._pending.pop(0) != name:
             raise ValueError(f"{name} is out of turn")
-        digest, left = hashlib.sha256(), self._layout[name][2]
+        start, stop = self._layout[name]["data_offsets"]
+        digest, left = hashlib.sha256(), stop - start
         for part in parts:
             data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
             self._file.write(data)
@@ -210,16 +197,22 @@ class Writer:
         self._file.write(self._header())
 
 
+def partial_path(path: Path) -> Path:
+    """Where a model file is while it is being written."""
+    return path.with_name(path.name + ".partial")
+
+
 @contextmanager
 def create(path: Path, description: Description) -> Iterator[Writer]:
     """A Writer whose file appears at `path` when the block ends well, and not at all otherwise.
 
-    The bytes go to `path` with `.partial` appended, are forced to the disk, and the file is then
-    renamed.
+    The bytes go to `partial_path(path)`, are forced to the disk, and the file is then renamed.
+    What a killed run left there is replaced.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
+    partial.unlink(missing_ok=True)  # Opening it could write through a link.
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             writer = Writer(file, description)
             yield writer
             writer.finish()
@@ -264,113 +257,127 @@ class ModelFile(Description):
 
         Checksums are not compared: that reads everything. Raises GemmaError.
         """
+        mapped = map_file(path)
+        header, data_start = _read_header(mapped, path)
         try:
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                header, data_start = _read_header(file, path, size)
-            mapped = np.memmap(path, np.uint8, mode="r")
-        except OSError as error:
+            return cls._checked(path, header, mapped, data_start)
+        except (KeyError, ValueError, TypeError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise GemmaError(
-                f"{path} cannot be read ({error.strerror}); check the path, or convert a "
-                "checkpoint with `gemma-cli quantize`."
-            ) from error
-        try:
-            return cls._checked(path, header, mapped[data_start:], size)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise GemmaError(
-                f"{path} is a damaged model file ({error}); convert the checkpoint again."
+                f"{path} is a damaged model file ({what}); convert the checkpoint again."
             ) from error
 
     @classmethod
     def _checked(
-        cls, path: Path, header: dict[str, dict[str, object]], data: NDArray[np.uint8], size: int
+        cls, path: Path, header: dict[str, object], mapped: NDArray[np.uint8], data_start: int
     ) -> "ModelFile":
-        metadata = header.pop("__metadata__")
-        texts = {key: str(value) for key, value in metadata.items()}
-        config = GemmaConfig.from_json(texts["config"], str(path))
-        matrices = {
-            name: MatrixSpec(**m | {"codebook": tuple(m["codebook"]) if m["codebook"] else None})
-            for name, m in json.loads(texts["matrices"]).items()
-        }
-        for name, shape in matrix_shapes(config).items():
-            _check_matrix(name, matrices[name], shape)
-        views: dict[str, NDArray[np.uint8]] = {}
-        end = 0
-        for name, entry in header.items():
-            start, stop = _offsets(name, entry)
-            if start != end or stop > len(data):
-                raise ValueError(f"tensor {name} does not lie where it should")
-            views[name] = data[start:stop]
-            end = stop
-        if end != len(data):
-            raise ValueError(f"{len(data) - end} bytes belong to no tensor")
-        for name, m in matrices.items():
-            if len(views[name]) != m.nbytes:
-                raise ValueError(f"matrix {name} has {len(views[name])} bytes, not {m.nbytes}")
-        vectors = {}
-        for name, length in norm_names(config).items():
-            if len(views[name]) < 4 * length:
-                raise ValueError(f"norm {name} is too short")
-            vectors[name] = views[name][: 4 * length].view(np.float32)
+        texts = cast(dict[str, str], header.pop("__metadata__"))
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise ValueError("its metadata are not all strings")
+        if texts["chat"] not in CHATS:
+            raise ValueError(f"its chat format is {texts['chat']!r}")
+
+        def stated(key: str) -> dict[str, object]:
+            return parse_json_object(texts[key], f"The {key} of {path}")
+
+        config = GemmaConfig.from_json(texts["config"], f"The config of {path}")
+        specs, shapes = stated("matrices"), matrix_shapes(config)
+        if specs.keys() != shapes.keys():
+            raise ValueError("its matrices are not those of its architecture")
+        matrices = {name: _read_spec(name, specs[name], shape) for name, shape in shapes.items()}
         tokenizer_bytes = int(texts["tokenizer_bytes"])
-        if not 0 < tokenizer_bytes <= len(views["tokenizer"]):
-            raise ValueError("the tokenizer is too short")
+        if tokenizer_bytes <= 0:
+            raise ValueError("it has no tokenizer")
+
+        layout = _layout(config, tokenizer_bytes, matrices)
+        for name in [*layout, *header]:
+            if header.get(name) != layout.get(name):
+                raise ValueError(f"tensor {name!r} does not lie where it should")
+        sha256 = stated("sha256")
+        if sha256.keys() != layout.keys() or not all(map(_is_sha256, sha256.values())):
+            raise ValueError("its checksums are not one for each tensor")
+        end = max(entry["data_offsets"][1] for entry in layout.values())
+        if data_start % ALIGNMENT or data_start + end != mapped.size:
+            raise ValueError(
+                f"it has {mapped.size} bytes, its tensors lie at {data_start} to {data_start + end}"
+            )
+
+        def view(name: str) -> NDArray[np.uint8]:
+            start, stop = layout[name]["data_offsets"]
+            return mapped[data_start + start : data_start + stop]
+
+        limits = {name: name for name in ("temperature", "top_k", "top_p")}
         return cls(
             config=config,
             chat=texts["chat"],
-            sampling=json.loads(texts["sampling"]),
+            sampling=sampling_defaults(Fields(stated("sampling"), str(path)), limits),
             recipe=texts["recipe"],
             source=texts["source"],
-            tokenizer_model=views["tokenizer"][:tokenizer_bytes].tobytes(),
+            tokenizer_model=view("tokenizer")[:tokenizer_bytes].tobytes(),
             matrices=matrices,
             path=path,
-            size=size,
-            tiles={n: views[n].reshape(packing.n_tiles(m.n_out), -1) for n, m in matrices.items()},
-            vectors=vectors,
-            sha256=json.loads(texts["sha256"]),
+            size=mapped.size,
+            tiles={n: view(n).reshape(packing.n_tiles(m.n_out), -1) for n, m in matrices.items()},
+            vectors={n: view(n).view(np.float32)[:size] for n, size in norm_sizes(config).items()},
+            sha256=cast(dict[str, str], sha256),
         )
 
 
-def _check_matrix(name: str, m: MatrixSpec, shape: tuple[int, int]) -> None:
-    if (m.n_out, m.n_in) != shape:
-        raise ValueError(f"matrix {name} is {m.n_out} x {m.n_in}, not {shape[0]} x {shape[1]}")
-    if m.format not in packing.FORMATS:
-        raise ValueError(f"matrix {name} has the unknown format {m.format!r}")
-    if m.dtype == "U8" and (m.group_size not in GROUP_SIZES or m.n_in % m.group_size):
-        raise ValueError(f"matrix {name} has groups of {m.group_size}")
-    if m.format == "int4" and (m.codebook is None or len(m.codebook) != 16):
-        raise ValueError(f"matrix {name} has no codebook of 16 levels")
-    if m.codebook and not all(-128 <= level <= 127 for level in m.codebook):
-        raise ValueError(f"matrix {name} has a codebook beyond 8 bits")
+def _read_spec(name: str, stated: object, shape: tuple[int, int]) -> MatrixSpec:
+    """The layout that the metadata state for a matrix. Raises ValueError if it is impossible."""
+    match stated:
+        case {
+            "format": str(fmt),
+            "n_out": int(n_out),
+            "n_in": int(n_in),
+            "group_size": int(group_size),
+            "codebook": None | list() as codebook,
+        }:
+            pass
+        case _:
+            raise ValueError(f"matrix {name} is not described")
+    if (n_out, n_in) != shape:
+        raise ValueError(f"matrix {name} is {n_out} x {n_in}, not {shape[0]} x {shape[1]}")
+    if fmt not in packing.FORMATS:
+        raise ValueError(f"matrix {name} has the unknown format {fmt!r}")
+    grouped = fmt in ("int4", "int8")
+    allowed = [size for size in GROUP_SIZES if n_in % size == 0] if grouped else [0]
+    if group_size not in allowed:
+        raise ValueError(f"matrix {name} has groups of {group_size}")
+    if fmt != "int4" and codebook is not None:
+        raise ValueError(f"matrix {name} has a codebook in the format {fmt}")
+    if fmt == "int4" and not _is_codebook(codebook):
+        raise ValueError(f"matrix {name} has no codebook of 16 levels of 8 bits")
+    return MatrixSpec(fmt, n_out, n_in, group_size, tuple(codebook) if codebook else None)
 
 
-def _offsets(name: str, entry: dict[str, object]) -> tuple[int, int]:
-    offsets = entry["data_offsets"]
-    if not isinstance(offsets, list) or len(offsets) != 2:
-        raise ValueError(f"tensor {name} has no offsets")
-    start, stop = offsets
-    if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start <= stop):
-        raise ValueError(f"tensor {name} has impossible offsets")
-    if start % ALIGNMENT or stop % ALIGNMENT:
-        raise ValueError(f"tensor {name} is not aligned")
-    return start, stop
+def _is_codebook(levels: object) -> bool:
+    return (
+        isinstance(levels, list)
+        and len(levels) == 16
+        and all(type(level) is int and -128 <= level <= 127 for level in levels)
+    )
 
 
-def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, dict[str, object]], int]:
-    length = int.from_bytes(file.read(8), "little")
+def _is_sha256(digest: object) -> bool:
+    return isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+
+
+def _read_header(mapped: NDArray[np.uint8], path: Path) -> tuple[dict[str, object], int]:
+    """The header of a safetensors file, if it is one of ours, and where its tensors start."""
+    length = int.from_bytes(mapped[:8].tobytes(), "little")
     not_ours = GemmaError(
         f"{path} is not a gemma-cli model file; `gemma-cli quantize {path}` makes one from a "
         "checkpoint."
     )
-    if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+    if mapped.size < 8 or not 2 <= length <= min(_LARGEST_HEADER, mapped.size - 8):
         raise not_ours
-    try:
-        header = json.loads(file.read(length))
-        metadata = header["__metadata__"]
-        ours = metadata["format"] == "gemma-cli"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise not_ours from None
-    if not ours:
+    text = mapped[8 : 8 + length].tobytes()
+    if not text.startswith(b"{"):
+        raise not_ours
+    header = parse_json_object(text, f"The header of {path}")
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, dict) or metadata.get("format") != "gemma-cli":
         raise not_ours
     if metadata.get("version") != VERSION:
         raise GemmaError(

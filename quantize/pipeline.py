@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from quantize import grouping, modelfile, packing
 from quantize.checkpoint import Checkpoint, SourceTensor
 from quantize.errors import GemmaError
+from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS
 from quantize.modelfile import Description, MatrixSpec
 from quantize.recipe import GROUP_SIZES, format_of
+from quantize.tensors import matrix_shapes, norm_sizes
 
 _BLOCK_WEIGHTS = 1 << 21
 """Weights converted at a time: bounds the memory that a conversion needs."""
-
-IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""The codebook of GGML's IQ4_NL blocks (llama.cpp, ggml-common.h, kvalues_iq4nl)."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def plan(source: Checkpoint, bits: int, group_size: int = 32) -> list[PlannedTen
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}")
     planned = []
-    for name, (n_out, n_in) in modelfile.matrix_shapes(source.config).items():
+    for name, (n_out, n_in) in matrix_shapes(source.config).items():
         tensor, fmt = source.tensors[name], format_of(name, bits)
         grouped = fmt in ("int4", "int8")
         if grouped and n_in % group_size:
@@ -77,7 +76,7 @@ def plan(source: Checkpoint, bits: int, group_size: int = 32) -> list[PlannedTen
                 f"divide; choose another --group-size (one of {', '.join(map(str, GROUP_SIZES))})."
             )
         exact = _exact_format(tensor, fmt, group_size)
-        levels = IQ4_NL_LEVELS if exact and tensor.dtype == "IQ4_NL" else grouping.LINEAR_LEVELS
+        levels = IQ4_NL_LEVELS if exact and tensor.dtype == "IQ4_NL" else LINEAR_LEVELS
         codebook = levels if fmt == "int4" else None
         spec = MatrixSpec(fmt, n_out, n_in, group_size if grouped else 0, codebook)
         planned.append(PlannedTensor(name, spec, exact))
@@ -116,6 +115,36 @@ def _tiles(
     return packing.pack_floats(spec.format, rows)
 
 
+def _check_output(output: Path, source: Checkpoint, force: bool) -> None:
+    """Raises GemmaError if `output` must not be written."""
+    for path in (output, modelfile.partial_path(output)):
+        if path.exists() and path.samefile(source.path):
+            raise GemmaError(
+                f"Writing {output} would destroy the checkpoint {source.path}; choose another "
+                "output file."
+            )
+    if output.is_dir():
+        raise GemmaError(f"{output} is a folder; give the name of a file in it.")
+    if not output.exists():
+        return
+    if not force:
+        raise GemmaError(f"{output} exists already; choose another name or add --force.")
+    folder = source.path if source.path.is_dir() else source.path.parent
+    if output.parent.samefile(folder) and not _is_model_file(output):
+        raise GemmaError(
+            f"{output} lies beside the checkpoint and is no model file, so it may belong to it; "
+            "choose another output file."
+        )
+
+
+def _is_model_file(path: Path) -> bool:
+    try:
+        modelfile.ModelFile.open(path)
+    except GemmaError:
+        return False
+    return True
+
+
 def quantize(
     source: Checkpoint,
     output: Path,
@@ -128,16 +157,12 @@ def quantize(
     """Converts a checkpoint to a model file at `output`, which appears when it is complete.
 
     bits: 4, 8, 16 or 32 a weight, as recipe.format_of distributes them. Raises GemmaError when
-    `output` exists without `force`, when it is the source, or when a weight is not finite.
+    `output` exists without `force`, when it is (beside) the source, or when a weight is not finite.
     """
     started = time.perf_counter()
-    if output.exists():
-        if output.samefile(source.path):
-            raise GemmaError(f"{output} is the checkpoint itself; choose another output file.")
-        if not force:
-            raise GemmaError(f"{output} exists already; choose another name or add --force.")
+    _check_output(output, source, force)
     planned = plan(source, bits, group_size)
-    norms = modelfile.norm_names(source.config)
+    norms = norm_sizes(source.config)
     total = sum(source.tensors[name].nbytes for name in [*norms, *(p.name for p in planned)])
     groups = f", groups of {group_size}" if bits in (4, 8) else ""
     description = Description(

@@ -8,9 +8,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.checkpoint.names import tensor_shapes
 from quantize.checkpoint.sentencepiece_model import sentencepiece_from_gguf
 from quantize.config import GemmaConfig
+from quantize.tensors import tensor_shapes
 
 Json = dict[str, object]
 Weights = dict[str, NDArray[np.float32]]

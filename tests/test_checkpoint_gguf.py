@@ -13,11 +13,11 @@ from checkpoints import TOKENS, Weights, gguf_name, random_weights, tiny, write_
 from gguf import GGMLQuantizationType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from quantize.checkpoint import Checkpoint, open_checkpoint
-from quantize.checkpoint.gguf import IQ4_NL_LEVELS, GGUFTensor, read_gguf
+from quantize.checkpoint.gguf import GGUFTensor, read_gguf
 from quantize.errors import GemmaError
+from quantize.grouping import IQ4_NL_LEVELS
 
 GEMMA3 = tiny("gemma3")
 WEIGHTS = random_weights(GEMMA3)
@@ -88,7 +88,7 @@ def test_grid_is_the_tensor_bit_for_bit(dtype: str, lowest: int, highest: int) -
     assert (grid.codes.shape, grid.codes.dtype) == ((17, 512), np.int8)
     assert (grid.scales.shape, grid.scales.dtype) == ((17, 16), np.float16)
     assert (grid.codes.min(), grid.codes.max()) == (lowest, highest)
-    levels: NDArray[np.int8] = IQ4_NL_LEVELS[grid.codes] if dtype == "IQ4_NL" else grid.codes
+    levels = np.array(IQ4_NL_LEVELS, np.int8)[grid.codes] if dtype == "IQ4_NL" else grid.codes
     weights = np.repeat(grid.scales.astype(np.float32), 32, axis=1) * levels
     expected = gguf.quants.dequantize(tensor.data, GGMLQuantizationType[dtype])[3:20]
     np.testing.assert_array_equal(weights.view(np.uint32), expected.view(np.uint32))

@@ -10,7 +10,6 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -33,12 +32,6 @@ from quantize.config import Fields
 from quantize.errors import GemmaError
 
 MAGIC = b"GGUF"
-IQ4_NL_LEVELS: Final = np.array(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.int8
-)
-"""ggml's codebook of the type IQ4_NL."""
-IQ4_NL_LEVELS.flags.writeable = False
-
 _SUPPORTED = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K"),
     *("Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),

@@ -1,12 +1,4 @@
-"""The names of tensors: ours, Hugging Face's and GGUF's.
-
-Ours are "embed", "final_norm" and, for each layer, "layers.{i}." and one of
-
-    attn_norm  attn_q  attn_k  attn_v  attn_o  q_norm  k_norm  post_attn_norm
-    ffn_norm   ffn_gate  ffn_up  ffn_down  post_ffn_norm
-
-The norms q_norm and k_norm are Gemma 3's, the post norms Gemma 2's and 3's.
-"""
+"""Ours, Hugging Face's and GGUF's names of tensors; ours are listed in quantize.tensors."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +8,7 @@ import numpy as np
 from quantize.checkpoint.source import SourceTensor
 from quantize.config import GemmaConfig
 from quantize.errors import GemmaError
+from quantize.tensors import tensor_shapes
 
 _HF_LAYER = {
     "input_layernorm": "attn_norm",
@@ -87,35 +80,6 @@ def from_gguf(name: str) -> str | None:
         return _GGUF_TOP.get(match["part"])
     part = _GGUF_LAYER.get(match["part"])
     return f"layers.{match['layer']}.{part}" if part else None
-
-
-def tensor_shapes(config: GemmaConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a model, by our names, in the order of the layers."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.n_heads * config.head_dim
-    keys = config.n_kv_heads * config.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "attn_norm": (hidden,),
-        "attn_q": (queries, hidden),
-        "attn_k": (keys, hidden),
-        "attn_v": (keys, hidden),
-        "attn_o": (hidden, queries),
-    }
-    if config.has_qk_norm:
-        layer |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
-    if config.has_post_norms:
-        layer |= {"post_attn_norm": (hidden,), "post_ffn_norm": (hidden,)}
-    layer |= {
-        "ffn_norm": (hidden,),
-        "ffn_gate": (inner, hidden),
-        "ffn_up": (inner, hidden),
-        "ffn_down": (hidden, inner),
-    }
-    return {
-        "embed": (config.vocab_size, hidden),
-        **{f"layers.{i}.{n}": shape for i in range(config.n_layers) for n, shape in layer.items()},
-        "final_norm": (hidden,),
-    }
 
 
 def text_tensors(

@@ -19,7 +19,7 @@ IMAGES_NOTE = "The checkpoint can see images too; only its text model is read, i
 class Grid:
     """Rows of a matrix exactly as the source's blocks of 32 hold them.
 
-    A weight is scale * code, or scale * IQ4_NL_LEVELS[code] in an IQ4_NL tensor.
+    A weight is scale * code, or scale * grouping.IQ4_NL_LEVELS[code] in an IQ4_NL tensor.
     """
 
     codes: NDArray[np.int8]
