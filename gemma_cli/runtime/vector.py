@@ -386,6 +386,12 @@ def _unary(emit: Callable[..., ir.Value], result: types.Type, doc: str) -> Any:
     return function
 
 
+def _to_float(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    if isinstance(x.type, ir.IntType):
+        return b.sitofp(x, _F32)
+    return x if x.type == _F32 else b.fptrunc(x, _F32)
+
+
 def _bfloat_to_float(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     bits = b.zext(_load(b, address, ir.VectorType(_I16, LANES)), _VI32)
     return b.bitcast(b.shl(bits, _const(_VI32, 16)), _VF32)
@@ -413,8 +419,10 @@ def _horizontal_max(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
 def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2, exp(r) by its Taylor series.
 
-    Relative error below 2e-7 (the seventh power's term is 1e-7 at the interval's end).
+    Relative error below 2e-7 (the seventh power's term is 1e-7 at the interval's end). Below -87
+    the result is 0, so that what is masked has no weight at all.
     """
+    small = b.fcmp_ordered("<", x, _const(_VF32, -87.0))
 
     def clamp(x: ir.Value, limit: float, comparison: str) -> ir.Value:
         bound = _const(_VF32, limit)
@@ -432,7 +440,8 @@ def _exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     for factorial in (720, 120, 24, 6, 2, 1, 1):
         value = _fma(b, value, r, _const(_VF32, 1 / factorial))
     exponent = b.shl(b.fptosi(n, _VI32), _const(_VI32, 23))
-    return b.bitcast(b.add(b.bitcast(value, _VI32), exponent), _VF32)
+    value = b.bitcast(b.add(b.bitcast(value, _VI32), exponent), _VF32)
+    return b.select(small, _const(_VF32, 0.0), value)
 
 
 load_f32 = _unary(lambda b, a: _load(b, a, _VF32), F32X16, "16 float32 at an address -> f32x16.")
@@ -440,16 +449,18 @@ load_f16 = _unary(_half_to_float, F32X16, "16 float16 at an address -> f32x16.")
 load_bf16 = _unary(_bfloat_to_float, F32X16, "16 bfloat16 at an address -> f32x16.")
 load_i8 = _unary(_byte_to_float, F32X16, "16 int8 at an address -> f32x16.")
 splat = _unary(
-    lambda b, x: _splat(b, b.fptrunc(x, _F32) if x.type != _F32 else x),
+    lambda b, x: _splat(b, _to_float(b, x)),
     F32X16,
-    "A float in all 16 lanes.",
+    "A number in all 16 lanes.",
 )
 horizontal_sum = _unary(_horizontal_sum, types.float32, "The sum of 16 lanes, in a fixed order.")
 horizontal_max = _unary(_horizontal_max, types.float32, "The largest of 16 lanes.")
 absolute = _unary(
     lambda b, x: _call(b, "llvm.fabs.v16f32", _VF32, [x]), F32X16, "|x| in each lane."
 )
-exp = _unary(_exp, F32X16, "e^x in each lane, x clamped to -87 to 88; relative error below 2e-7.")
+exp = _unary(
+    _exp, F32X16, "e^x in each lane, 0 below -87, e^88 above 88; relative error below 2e-7."
+)
 load_byte = _unary(
     lambda b, a: b.zext(_load(b, a, _I8), _I64), types.int64, "The unsigned byte at an address."
 )
@@ -472,8 +483,7 @@ def store_scalar(typingctx: Any, address: Any, value: Any):
     """Stores a float32 at an address."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        value = b.fptrunc(args[1], _F32) if args[1].type != _F32 else args[1]
-        _store(b, args[0], value)
+        _store(b, args[0], _to_float(b, args[1]))
         return context.get_dummy_value()
 
     return types.void(address, value), codegen
