@@ -1,0 +1,740 @@
+"""Every kernel against its twin in plain NumPy (`twins.py`).
+
+`test_isa.py` runs this file again for the other instruction sets that the machine has.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import twins
+from numba import njit
+from numpy.typing import NDArray
+
+from gemma_cli.runtime import attention, layers, matmul, team, vector
+from gemma_cli.runtime.forward import embed
+from quantize import packing
+from quantize.grouping import LINEAR_LEVELS, round_int4, round_int8
+from quantize.pipeline import IQ4_NL_LEVELS
+
+Float32 = NDArray[np.float32]
+
+GROUP_SIZES = (32, 64, 128)
+FULL_LEVELS = (-128, *IQ4_NL_LEVELS[1:15], 127)
+"""A codebook that has int8's lowest level, whose negative is no int8, and its highest."""
+
+TOKEN_COUNTS = (1, matmul.TOKENS - 1, matmul.TOKENS, 2 * matmul.TOKENS + 3)
+
+
+def addresses(matrices: Sequence[twins.Matrix], codebooks: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The table of matrices; codebooks (n_matrices, 16) is memory for their levels."""
+    rows = []
+    for m, levels in zip(matrices, codebooks, strict=True):
+        levels[:] = np.array(m.codebook) + 128
+        fmt = {"int8": matmul.INT8, "bf16": matmul.BF16, "f32": matmul.F32}.get(
+            m.format, matmul.INT4 if m.codebook == LINEAR_LEVELS else matmul.INT4_CODEBOOK
+        )
+        row = (m.tiles.ctypes.data, fmt, len(m.tiles), m.n_in, m.group_size, levels.ctypes.data)
+        rows.append(row)
+    return np.array(rows, np.int64)
+
+
+def on_threads(n_threads: int, work: Callable[[int], None]) -> None:
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(work, range(n_threads)))
+
+
+@njit
+def quantize_rows(x, codes, scales, sums):
+    for t in range(len(x)):
+        matmul.quantize_row(x[t], codes[t], scales[t], sums[t])
+
+
+@njit(nogil=True)
+def run_matmul(counters, thread, n_threads, matrices, x, codes, scales, sums, y):
+    items = matmul.n_items(matrices, n_threads)
+    matmul.matmul(counters, 0, items, thread, matrices, x, codes, scales, sums, y, n_threads)
+
+
+def quantized(x: Float32) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
+    codes = np.empty(x.shape, np.int8)
+    runs = (len(x), x.shape[1] // 32)
+    scales, sums = np.empty(runs, np.float32), np.empty(runs, np.int32)
+    quantize_rows(x, codes, scales, sums)
+    return codes, scales, sums
+
+
+def multiply(matrices: Sequence[twins.Matrix], x: Float32, n_threads: int = 1) -> Float32:
+    """y (n_tokens, 16 x all tiles); what lies beyond the last tile must stay as it is."""
+    codebooks = np.empty((len(matrices), 16), np.uint8)
+    table = addresses(matrices, codebooks)
+    width = sum(m.n_columns for m in matrices)
+    y = np.full((len(x) + 1, width + 16), np.nan, np.float32)
+    counters, inputs = team.counters(1), quantized(x)
+    on_threads(
+        n_threads,
+        lambda thread: run_matmul(counters, thread, n_threads, table, x, *inputs, y[: len(x)]),
+    )
+    assert np.isnan(y[:, width:]).all()
+    assert np.isnan(y[len(x) :]).all()
+    return y[: len(x), :width]
+
+
+def random_inputs(rng: np.random.Generator, n_tokens: int, n_in: int) -> Float32:
+    """Inputs whose runs of 32 differ in size, with runs of zeros and single spikes."""
+    x = rng.standard_normal((n_tokens, n_in // 32, 32)) * rng.lognormal(0, 3, (n_tokens, 1, 1))
+    x[rng.random(x.shape[:2]) < 0.1] = 0
+    spikes = rng.random(x.shape[:2]) < 0.1
+    x[spikes, 5] = 1000
+    return x.reshape(n_tokens, n_in).astype(np.float32)
+
+
+def random_matrix(
+    rng: np.random.Generator,
+    fmt: str,
+    n_out: int,
+    n_in: int,
+    group_size: int = 32,
+    codebook: tuple[int, ...] = LINEAR_LEVELS,
+) -> twins.Matrix:
+    if fmt in ("bf16", "f32"):
+        return twins.floating(fmt, rng.standard_normal((n_out, n_in)).astype(np.float32))
+    low, high, dtype = (0, 16, np.uint8) if fmt == "int4" else (-128, 128, np.int8)
+    codes = rng.integers(low, high, (n_out, n_in), dtype)
+    scales = rng.standard_normal((n_out, n_in // group_size)).astype(np.float16)
+    scales[rng.random(scales.shape) < 0.1] = 0
+    scales[rng.random(scales.shape) < 0.1] = np.float16(2.0**-24)  # the smallest subnormal
+    return twins.coded(fmt, codes, scales, codebook)
+
+
+KINDS = [
+    *(("int4", group, LINEAR_LEVELS) for group in GROUP_SIZES),
+    *(("int4", group, IQ4_NL_LEVELS) for group in GROUP_SIZES),
+    ("int4", 32, FULL_LEVELS),
+    *(("int8", group, LINEAR_LEVELS) for group in GROUP_SIZES),
+    ("bf16", 0, LINEAR_LEVELS),
+    ("f32", 0, LINEAR_LEVELS),
+]
+KIND_NAMES = [
+    f"{fmt}-{group}" + {LINEAR_LEVELS: "", IQ4_NL_LEVELS: "-nl", FULL_LEVELS: "-full"}[levels]
+    for fmt, group, levels in KINDS
+]
+every_kind = pytest.mark.parametrize(("fmt", "group_size", "codebook"), KINDS, ids=KIND_NAMES)
+every_integer_kind = pytest.mark.parametrize(
+    ("fmt", "group_size", "codebook"), KINDS[:-2], ids=KIND_NAMES[:-2]
+)
+
+
+def assert_close(y: Float32, m: twins.Matrix, x: Float32) -> None:
+    """Within the rounding of float32 sums.
+
+    A sum of n terms in one order errs by n roundings of its magnitudes at most (Higham, Accuracy
+    and Stability of Numerical Algorithms, 3.1); a term itself takes two more, its two scales'
+    product and, where no instruction fuses it, that product's own product.
+    """
+    expected, magnitudes = twins.matmul(m, x)
+    n_terms = m.n_in // 32 if m.group_size else m.n_in
+    error = np.abs(y[:, : m.n_out] - expected)
+    assert (error <= (n_terms + 2) * twins.EPSILON * magnitudes).all()
+    assert (y[:, m.n_out :] == 0).all(), "the rows that fill up the last tile are zero"
+
+
+# The rounding of inputs.
+
+
+def test_inputs_are_rounded_as_the_twin_rounds_them() -> None:
+    rng = np.random.default_rng(1)
+    x = random_inputs(rng, 50, 256)
+    for row, extreme in enumerate((1e30, -1e30, 3e38, 1e-29, 1e-31, 1e-45, -0.0)):
+        x[row, :32] = np.float32(extreme) * rng.random(32, np.float32)
+        x[row, 32:64] = np.float32(extreme)
+        x[row, 64:96] = 0
+        x[row, 95] = np.float32(extreme)
+    for actual, expected in zip(quantized(x), twins.quantize_row(x), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_rounded_inputs_are_near() -> None:
+    x = random_inputs(np.random.default_rng(2), 50, 256)
+    codes, scales, sums = quantized(x)
+    step = np.repeat(scales, 32, axis=1)
+    # Half a step, and the roundings of 127 / largest, of the product and of the scale: codes up
+    # to 127 move by 3 x 127 x 2^-24 steps.
+    assert (np.abs(x - step * codes) <= step * (0.5 + 400 * twins.EPSILON)).all()
+    np.testing.assert_array_equal(sums, codes.reshape(50, -1, 32).sum(-1, dtype=np.int32))
+    assert np.abs(codes.astype(int)).max() == 127
+
+
+def test_ties_go_to_the_even_code() -> None:
+    x = np.zeros((1, 32), np.float32)
+    x[0, :5] = 127, 0.5, 1.5, -0.5, -2.5
+    codes, scales, _ = quantized(x)
+    assert scales[0, 0] == 1
+    np.testing.assert_array_equal(codes[0, :5], [127, 0, 2, 0, -2])
+
+
+# Matrix products.
+
+
+@every_integer_kind
+def test_integer_products_are_exact(fmt: str, group_size: int, codebook: tuple[int, ...]) -> None:
+    """With scales of 1, and sums below 2^24, float32 is exact: so y is the integer product."""
+    rng = np.random.default_rng(3)
+    n_in, lowest, highest = 256, *((0, 15) if fmt == "int4" else (-128, 127))
+    dtype = np.uint8 if fmt == "int4" else np.int8
+    codes = rng.integers(lowest, highest + 1, (48, n_in), dtype)
+    codes[0], codes[1] = lowest, highest
+    codes[2, ::2], codes[2, 1::2] = lowest, highest
+    codes[3, :16], codes[3, 16:] = highest, lowest
+    m = twins.coded(fmt, codes, np.ones((48, n_in // group_size), np.float16), codebook)
+    # What saturates vpmaddubsw: neighbours with codes of the largest magnitude and one sign.
+    x = rng.integers(-127, 128, (2 * matmul.TOKENS + 3, n_in)).astype(np.float32)
+    x[0], x[1] = 127, -127
+    x[2, ::2], x[2, 1::2] = 127, -127
+    x[3, :16], x[3, 16:] = -127, 127
+    x[:, ::32] = 127  # makes the scale 1
+    exact = twins.dots(m.levels, x.astype(np.int8))
+    np.testing.assert_array_equal(multiply([m], x), exact.sum(-1))
+    for run in range(n_in // 32):  # each run of 32 by itself, too: errors could cancel
+        alone = np.zeros_like(x)
+        alone[:, 32 * run : 32 * run + 32] = x[:, 32 * run : 32 * run + 32]
+        np.testing.assert_array_equal(multiply([m], alone), exact[..., run])
+
+
+@pytest.mark.parametrize("n_tokens", TOKEN_COUNTS)
+@every_kind
+def test_products_are_the_twins(
+    fmt: str, group_size: int, codebook: tuple[int, ...], n_tokens: int
+) -> None:
+    rng = np.random.default_rng(4)
+    x = random_inputs(rng, n_tokens, 384)
+    for n_out in (1, 40):
+        m = random_matrix(rng, fmt, n_out, 384, group_size, codebook)
+        assert_close(multiply([m], x), m, x)
+
+
+@every_kind
+def test_extreme_inputs(fmt: str, group_size: int, codebook: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(5)
+    m = random_matrix(rng, fmt, 20, 128, group_size, codebook)
+    x = random_inputs(rng, 6, 128)
+    x[0] = 1e30
+    x[1] = -1e30
+    x[2] = 0
+    x[3] = 0
+    x[3, 77] = -1e30
+    x[4, :32] = 1e-30
+    x[5] = 1e-20
+    assert_close(multiply([m], x), m, x)
+
+
+def side_by_side(rng: np.random.Generator, n_in: int) -> list[twins.Matrix]:
+    """Matrices of every kind, most with rows that fill no tile."""
+    rows = (5, 32, 17, 1, 40, 16, 33, 7, 64, 18, 15, 31)
+    return [
+        random_matrix(rng, fmt, n_out, n_in, group, levels)
+        for n_out, (fmt, group, levels) in zip(rows, KINDS, strict=True)
+    ]
+
+
+def test_matrices_side_by_side() -> None:
+    rng = np.random.default_rng(6)
+    matrices = side_by_side(rng, 256)
+    x = random_inputs(rng, 2 * matmul.TOKENS + 3, 256)
+    y = multiply(matrices, x, n_threads=2)
+    start = 0
+    for m in matrices:
+        assert_close(y[:, start : start + m.n_columns], m, x)
+        start += m.n_columns
+
+
+def test_products_do_not_depend_on_threads_or_on_tokens_at_once() -> None:
+    rng = np.random.default_rng(7)
+    matrices = side_by_side(rng, 256)
+    x = random_inputs(rng, 2 * matmul.TOKENS + 3, 256)
+    one_by_one = np.concatenate([multiply(matrices, x[t : t + 1]) for t in range(len(x))])
+    for n_threads in (1, 2, 4):
+        np.testing.assert_array_equal(multiply(matrices, x, n_threads), one_by_one)
+
+
+def test_weights_are_only_read(tmp_path: Path) -> None:
+    """Tiles in a file that is mapped for reading: a write to them would be a segmentation fault."""
+    rng = np.random.default_rng(8)
+    x = random_inputs(rng, matmul.TOKENS + 1, 256)
+    for i, m in enumerate(side_by_side(rng, 256)):
+        path = tmp_path / f"{i}.bin"
+        m.tiles.tofile(path)
+        mapped = np.memmap(path, np.uint8, "r", shape=m.tiles.shape)
+        copy = twins.Matrix(
+            m.format, m.group_size, m.codebook, m.levels, m.scales, m.weights, mapped
+        )
+        np.testing.assert_array_equal(multiply([copy], x), multiply([m], x))
+
+
+@every_kind
+def test_tiles_have_the_size_that_packing_gives_them(
+    fmt: str, group_size: int, codebook: tuple[int, ...]
+) -> None:
+    m = random_matrix(np.random.default_rng(9), fmt, 16, 256, group_size, codebook)
+    table = addresses([m], np.empty((1, 16), np.uint8))
+    assert matmul.tile_bytes(table[0]) == packing.tile_bytes(fmt, 256, group_size)
+
+
+@njit
+def embed_all(table, factor, x):
+    for token in range(len(x)):
+        embed(table, token, factor, x[token])
+
+
+@every_kind
+def test_embeddings_are_the_unpacked_rows(
+    fmt: str, group_size: int, codebook: tuple[int, ...]
+) -> None:
+    m = random_matrix(np.random.default_rng(10), fmt, 40, 256, group_size, codebook)
+    codebooks = np.empty((1, 16), np.uint8)
+    table = addresses([m], codebooks)
+    x = np.empty((40, 256), np.float32)
+    embed_all(table[0], np.float32(np.sqrt(256 + 1)), x)
+    np.testing.assert_array_equal(x, m.weights * np.float32(np.sqrt(256 + 1)))
+
+
+def test_rounded_weights_multiply_like_the_weights() -> None:
+    """From float rows through quantize to y: 4 and 8 bits err as much as their steps allow."""
+    rng = np.random.default_rng(11)
+    rows = rng.standard_normal((32, 1024)).astype(np.float32)
+    x = rng.standard_normal((3, 1024)).astype(np.float32)
+    for fmt, rounded, limit in (("int4", round_int4, 0.12), ("int8", round_int8, 0.012)):
+        m = twins.coded(fmt, *rounded(rows, 32))
+        error = np.std(multiply([m], x) - x @ rows.T) / np.std(x @ rows.T)
+        # A step of Q4_0 is the largest of 32 normal values, 2.1 sigma and more, / 8, and an error
+        # 1 / sqrt(12) of a step; int8's 1 / 127, twice: weights and inputs.
+        assert limit / 4 < error < limit
+
+
+# Attention.
+
+
+@njit(nogil=True)
+def store_tokens(k, v, position, table, is_int8):
+    n_tokens, n_heads, _ = k.shape
+    for t in range(n_tokens):
+        slot = (position + t) % table[attention.CAPACITY]
+        for head in range(n_heads):
+            keys, values = table[attention.KEYS], table[attention.VALUES]
+            attention.store_head(
+                k[t, head], n_heads, head, slot, is_int8, keys, table[attention.KEY_SCALES]
+            )
+            attention.store_head(
+                v[t, head], n_heads, head, slot, is_int8, values, table[attention.VALUE_SCALES]
+            )
+
+
+@njit(nogil=True)
+def run_attend(
+    counters, thread, n_threads, q, position, table, n_kv_heads, window, cap, is_int8, scratch, out
+):
+    items = attention.n_items(q, n_kv_heads, n_threads)
+    attention.attend(
+        counters,
+        0,
+        items,
+        thread,
+        q,
+        position,
+        table,
+        n_kv_heads,
+        window,
+        cap,
+        is_int8,
+        scratch,
+        out,
+        n_threads,
+    )
+
+
+class Cache:
+    """One layer's keys and values; slots that nothing was written to hold NaN as float16."""
+
+    def __init__(self, kind: str, capacity: int, n_kv_heads: int, head_dim: int) -> None:
+        self.is_int8 = kind == "int8"
+        shape = (2, capacity, n_kv_heads, head_dim)
+        self.data = np.full(shape, 99, np.int8) if self.is_int8 else np.full(shape, np.nan, "f2")
+        self.scales = np.full(shape[:3], np.nan, np.float32)
+        self.table = np.array(
+            [
+                self.data[0].ctypes.data,
+                self.data[1].ctypes.data,
+                self.scales[0].ctypes.data,
+                self.scales[1].ctypes.data,
+                capacity,
+            ],
+            np.int64,
+        )
+
+    def store(self, k: Float32, v: Float32, position: int) -> None:
+        store_tokens(k, v, position, self.table, self.is_int8)
+
+    def stored(self) -> NDArray[np.float64]:
+        """Keys and values (2, capacity, n_kv_heads, head_dim) as they are in the cache."""
+        values = self.data.astype(np.float64)
+        return values * self.scales[..., None].astype(np.float64) if self.is_int8 else values
+
+
+def attend_all(
+    cache: Cache,
+    q: Float32,
+    k: Float32,
+    v: Float32,
+    window: int,
+    cap: float,
+    chunk: int,
+    n_threads: int,
+) -> Float32:
+    """Attention of all tokens, a chunk at a time: (n, n_heads, head_dim)."""
+    out = np.full_like(q, np.nan)
+    scratch_size = attention.scratch_size(q.shape[2])
+    scratch = np.full((n_threads, scratch_size), np.nan, np.float32)
+    for start in range(0, len(q), chunk):
+        part = slice(start, start + chunk)
+        cache.store(k[part], v[part], start)
+        counters = team.counters(1)
+        on_threads(
+            n_threads,
+            lambda thread, counters=counters, part=part, start=start: run_attend(
+                counters,
+                thread,
+                n_threads,
+                q[part],
+                start,
+                cache.table,
+                k.shape[1],
+                window,
+                cap,
+                cache.is_int8,
+                scratch,
+                out[part],
+            ),
+        )
+    return out
+
+
+def random_heads(
+    rng: np.random.Generator, n: int, n_heads: int, n_kv_heads: int, head_dim: int
+) -> tuple[Float32, Float32, Float32]:
+    """Queries, keys and values whose scores are sharp: a deviation of 3."""
+    q = 3 / np.sqrt(head_dim) * rng.standard_normal((n, n_heads, head_dim))
+    k, v = rng.standard_normal((2, n, n_kv_heads, head_dim)).astype(np.float32)
+    return q.astype(np.float32), k, v
+
+
+HEADS = [(4, 1, 32), (6, 2, 64), (5, 5, 16), (9, 3, 32), (1, 1, 256)]
+WINDOWS = [(0, 0.0), (1, 0.0), (7, 0.0), (40, 2.0), (200, 0.0), (0, 2.0)]
+
+
+@pytest.mark.parametrize("kind", ["f16", "int8"])
+@pytest.mark.parametrize(("window", "cap"), WINDOWS)
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
+def test_attention_is_the_twins(
+    n_heads: int, n_kv_heads: int, head_dim: int, window: int, cap: float, kind: str
+) -> None:
+    """One token at a time and in chunks, on several threads, in rings that wrap around."""
+    n = 75
+    rng = np.random.default_rng(12)
+    q, k, v = random_heads(rng, n, n_heads, n_kv_heads, head_dim)
+    whole = Cache(kind, n, n_kv_heads, head_dim)
+    one_by_one = attend_all(whole, q, k, v, window, cap, chunk=1, n_threads=1)
+    keys, values = whole.stored()
+    expected, magnitudes = twins.attention(q.astype(np.float64), keys, values, window, cap)
+    # A score errs by head_dim roundings of its magnitudes (see assert_close), by another of the
+    # cache's scale, by 4 of the cap where there is one; that and exp's 2e-7 are relative errors of
+    # a weight, once above and once below the fraction. The sums over n positions err by n more.
+    score_error = ((head_dim + 2) * magnitudes + 4 * cap) * twins.EPSILON
+    relative = 2 * (score_error + 2e-7 + (n + 2) * twins.EPSILON)
+    error = np.abs(one_by_one - expected).max(-1)
+    assert (error <= relative * np.abs(values).max()).all()
+    for chunk, n_threads in ((1, 4), (5, 1), (33, 2), (n, 3)):
+        capacity = min(n, window + chunk) if window else n
+        cache = Cache(kind, capacity, n_kv_heads, head_dim)
+        out = attend_all(cache, q, k, v, window, cap, chunk, n_threads)
+        np.testing.assert_array_equal(out, one_by_one)
+
+
+def test_attention_with_scores_far_apart() -> None:
+    """The running maximum climbs, and falls back, by more than exp can express."""
+    q, k, v = random_heads(np.random.default_rng(13), 100, 2, 1, 32)
+    q *= 100
+    cache = Cache("f16", 100, 1, 32)
+    out = attend_all(cache, q, k, v, 0, 0.0, chunk=100, n_threads=2)
+    keys, values = cache.stored()
+    expected, magnitudes = twins.attention(q.astype(np.float64), keys, values, 0, 0.0)
+    error = np.abs(out - expected).max(-1)
+    relative = 2 * (34 * twins.EPSILON * magnitudes + 2e-7 + 102 * twins.EPSILON)
+    assert (error <= relative * np.abs(values).max()).all()
+
+
+def test_cached_heads_are_rounded_as_the_twin_rounds_them() -> None:
+    rng = np.random.default_rng(14)
+    k, v = (rng.standard_normal((2, 10, 3, 64)) * rng.lognormal(0, 2, (2, 10, 3, 1))).astype("f4")
+    k[0, 0] = 0
+    k[0, 1] = 1e-40
+    half = Cache("f16", 10, 3, 64)
+    half.store(k, v, 0)
+    np.testing.assert_array_equal(half.data, np.stack([k, v]).astype(np.float16))
+    byte = Cache("int8", 10, 3, 64)
+    byte.store(k, v, 0)
+    heads = np.stack([k, v])
+    largest = np.abs(heads).max(-1)
+    np.testing.assert_array_equal(byte.scales, largest / np.float32(127))
+    some = largest > np.float32(1e-30)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=some)
+    np.testing.assert_array_equal(byte.data, np.rint(heads * inverse[..., None]))
+
+
+def test_keys_go_to_their_slot_of_the_ring() -> None:
+    k, v = np.random.default_rng(15).standard_normal((2, 8, 2, 16)).astype(np.float32)
+    cache = Cache("f16", 5, 2, 16)
+    cache.store(k, v, 9)
+    for t in range(3, 8):
+        np.testing.assert_array_equal(cache.data[0, (9 + t) % 5], k[t].astype(np.float16))
+        np.testing.assert_array_equal(cache.data[1, (9 + t) % 5], v[t].astype(np.float16))
+
+
+# Layers.
+
+
+@njit
+def exp_all(x, y):
+    for i in range(0, 4 * x.size, 64):
+        address = vector.address_of(x) + i
+        vector.store_f32(vector.address_of(y) + i, vector.exp(vector.load_f32(address)))
+
+
+def test_exp_over_its_whole_range() -> None:
+    x = np.linspace(-87, 88, 1 << 20, dtype=np.float32)
+    y = np.empty_like(x)
+    exp_all(x, y)
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs(y / exact - 1).max() < 2e-7
+
+
+def test_exp_beyond_its_range() -> None:
+    x = np.repeat(np.array([-np.inf, -1e30, -87.01, 0, -0.0, 88, 1e30, np.inf], np.float32), 16)
+    y = np.empty_like(x)
+    exp_all(x, y)
+    np.testing.assert_array_equal(y[:80:16], [0, 0, 0, 1, 1])
+    np.testing.assert_allclose(y[80::16], np.exp(88.0), rtol=2e-7)
+
+
+@njit
+def run_rms_norm(x, weight, eps, y):
+    layers.rms_norm(x, vector.address_of(weight), eps, y)
+
+
+@pytest.mark.parametrize("n", [16, 48, 640, 2304])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e15])
+def test_rms_norm(n: int, size: float) -> None:
+    rng = np.random.default_rng(16)
+    x = (size * rng.standard_normal(n)).astype(np.float32)
+    weight = rng.standard_normal(n).astype(np.float32)
+    exact = x / np.sqrt(np.mean(x.astype(np.float64) ** 2) + 1e-6) * weight
+    y = np.empty_like(x)
+    run_rms_norm(x, weight, 1e-6, y)
+    # 16 sums of n / 16 squares, all positive, halved in effect by the root; three more roundings.
+    np.testing.assert_allclose(y, exact, rtol=(n / 32 + 8) * twins.EPSILON)
+    run_rms_norm(x, weight, 1e-6, x)
+    np.testing.assert_array_equal(x, y)
+
+
+def test_rms_norm_of_zeros() -> None:
+    x = np.zeros(32, np.float32)
+    run_rms_norm(x, np.ones(32, np.float32), 1e-6, x)
+    np.testing.assert_array_equal(x, 0)
+
+
+def test_add() -> None:
+    x, y = np.random.default_rng(17).standard_normal((2, 48)).astype(np.float32)
+    total = x + y
+    layers.add(x, y)
+    np.testing.assert_array_equal(x, total)
+
+
+@pytest.mark.parametrize(("base", "scale"), [(10000.0, 1.0), (1e6, 8.0)])
+@pytest.mark.parametrize("position", [0, 1, 511, 131071])
+def test_rotary_angles(position: int, base: float, scale: float) -> None:
+    cos, sin = np.empty((2, 128), np.float32)
+    layers.rotary_angles(position, base, scale, cos, sin)
+    angles = position / scale * base ** (-np.arange(128) / 128)
+    # Computed in float64 and rounded once, by 2^-25 at most; 131,072 radians cost 1e-11 besides.
+    np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=2.0**-25 + 1e-10)
+    np.testing.assert_allclose(sin, np.sin(angles), rtol=0, atol=2.0**-25 + 1e-10)
+
+
+def test_rotate_turns_pairs_of_the_halves() -> None:
+    rng = np.random.default_rng(18)
+    x = rng.standard_normal(64).astype(np.float32)
+    angles = rng.uniform(-np.pi, np.pi, 32)
+    turned = (x[:32] + 1j * x[32:]) * np.exp(1j * angles) * 0.25
+    layers.rotate(x, np.cos(angles).astype("f4"), np.sin(angles).astype("f4"), np.float32(0.25))
+    # Two products, of a rounded cosine and sine each, and their sum: values up to 4 x 0.25.
+    np.testing.assert_allclose(x[:32], turned.real, rtol=0, atol=6 * twins.EPSILON)
+    np.testing.assert_allclose(x[32:], turned.imag, rtol=0, atol=6 * twins.EPSILON)
+
+
+def test_geglu() -> None:
+    gate = np.linspace(-30, 30, 1 << 14, dtype=np.float32)
+    gate[:4] = -1e30, 1e30, -1e18, 1e18
+    up = np.random.default_rng(19).standard_normal(gate.size).astype(np.float32)
+    y = np.empty_like(gate)
+    layers.geglu(gate, up, y)
+    g = gate.astype(np.float64)
+    u = np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)
+    gelu = g / (1 + np.exp(np.clip(-2 * u, -700, 700)))  # = g / 2 (1 + tanh(u))
+    # exp's argument -2 u errs by 4 roundings of itself, an error relative to exp(-2 u). Beyond
+    # e^88 exp stays what it is there: what should be less is gate / e^88.
+    relative = (8 * np.minimum(np.abs(u), 44) + 8) * twins.EPSILON + 2e-7
+    error = relative * np.abs(gelu) + np.abs(g) * 7e-39
+    assert (np.abs(y - gelu * up) <= error * np.abs(up)).all()
+
+
+def test_soft_cap() -> None:
+    x = np.linspace(-400, 400, 1 << 14, dtype=np.float32)
+    x[:3] = -1e30, 1e30, 0
+    capped = x.copy()
+    layers.soft_cap(capped, 30.0)
+    exact = 30 * np.tanh(x.astype(np.float64) / 30)
+    # 1 - 2 / (exp + 1) is a difference of numbers up to 2: relative to the cap, not to the result.
+    np.testing.assert_allclose(capped, exact, rtol=0, atol=30 * 8 * twins.EPSILON)
+    assert np.abs(capped).max() <= 30
+
+
+# Loading and storing.
+
+
+@njit
+def load_all(load_f16, load_bf16, source, target):
+    for i in range(0, source.size, 16):
+        address = vector.address_of(source) + 2 * i
+        y = vector.address_of(target) + 4 * i
+        if load_f16:
+            vector.store_f32(y, vector.load_f16(address))
+        elif load_bf16:
+            vector.store_f32(y, vector.load_bf16(address))
+
+
+@njit
+def store_halves(source, target):
+    for i in range(0, source.size, 16):
+        value = vector.load_f32(vector.address_of(source) + 4 * i)
+        vector.store_f16(vector.address_of(target) + 2 * i, value)
+
+
+ALL_BITS = np.arange(1 << 16, dtype=np.uint16)
+FINITE_HALVES = ALL_BITS[(ALL_BITS & 0x7C00) != 0x7C00]
+
+
+def test_every_float16_is_loaded() -> None:
+    y = np.empty(FINITE_HALVES.size, np.float32)
+    load_all(True, False, FINITE_HALVES, y)
+    expected = FINITE_HALVES.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(y.view(np.uint32), expected.view(np.uint32))
+
+
+def test_every_bfloat16_is_loaded() -> None:
+    y = np.empty(ALL_BITS.size, np.float32)
+    load_all(False, True, ALL_BITS, y)
+    np.testing.assert_array_equal(y.view(np.uint32), ALL_BITS.astype(np.uint32) << 16)
+
+
+def test_float16_is_stored_rounded_to_nearest_ties_to_even() -> None:
+    """Every float16, every midpoint of two, and the float32 on both sides of it; subnormals too."""
+    halves = np.sort(FINITE_HALVES.view(np.float16)[:0x7C00]).astype(np.float32)
+    middle = (halves[:-1] + halves[1:]) / 2
+    above, below = np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(0))
+    positive = np.concatenate([halves, middle, above, below])
+    x = np.concatenate([positive, -positive])
+    x = np.resize(x, -(-x.size // 16) * 16)
+    y = np.empty(x.size, np.uint16)
+    store_halves(x, y)
+    np.testing.assert_array_equal(y, x.astype(np.float16).view(np.uint16))
+
+
+# Threads.
+
+
+@team.stage
+def count(item, thread, hits):
+    hits[item] += 1
+
+
+@team.stage
+def spread(item, thread, source, target):
+    """Reads what other threads have written in the stage before."""
+    n = source.size
+    target[item] = source[(item * 7 + 3) % n] + source[(item * 5 + 1) % n] % 1000
+
+
+@njit(nogil=True)
+def run_count(counters, row, n_items, thread, hits):
+    count(counters, row, n_items, thread, hits)
+
+
+@njit(nogil=True)
+def run_spread(counters, thread, values):
+    for row in range(len(values) - 1):
+        source, target = values[row], values[row + 1]
+        spread(counters, row, source.size, thread, source, target)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 16])
+def test_a_stage_does_every_item_once(n_threads: int) -> None:
+    counters, hits = team.counters(1), np.zeros(10_000, np.int64)
+    on_threads(n_threads, lambda thread: run_count(counters, 0, 10_000, thread, hits))
+    assert (hits == 1).all()
+
+
+def test_a_stage_does_not_wait_for_a_thread_that_is_late() -> None:
+    counters, hits = team.counters(1), np.zeros(1000, np.int64)
+    run_count(counters, 0, 1000, 0, hits)  # returns, though thread 1 has not come
+    assert (hits == 1).all()
+    run_count(counters, 0, 1000, 1, hits)
+    assert (hits == 1).all()
+
+
+def test_a_stage_without_items() -> None:
+    counters, hits = team.counters(2), np.zeros(10, np.int64)
+
+    def work(thread: int) -> None:
+        run_count(counters, 0, 0, thread, hits)
+        run_count(counters, 1, 10, thread, hits)
+
+    on_threads(4, work)
+    assert (hits == 1).all()
+
+
+def test_stages_see_what_the_stages_before_have_written() -> None:
+    """Hundreds of stages of small items, also with a thread that comes when others are ahead."""
+    n_stages, width = 300, 37
+    expected = np.zeros((n_stages + 1, width), np.int64)
+    expected[0] = np.arange(width)
+    items = np.arange(width)
+    for row in range(n_stages):
+        before = expected[row]
+        second = before[(items * 5 + 1) % width] % 1000
+        expected[row + 1] = before[(items * 7 + 3) % width] + second
+    for late in (0.0, 0.001):
+        values = np.zeros_like(expected)
+        values[0] = expected[0]
+        counters = team.counters(n_stages)
+
+        def work(
+            thread: int, late: float = late, counters: Any = counters, values: Any = values
+        ) -> None:
+            time.sleep(late * thread)
+            run_spread(counters, thread, values)
+
+        on_threads(4, work)
+        np.testing.assert_array_equal(values, expected)

@@ -1,0 +1,125 @@
+"""The kernels' equations in plain NumPy, in int64 and float64 where the kernels have less.
+
+What `reference.py` says of a whole model in float32, these say of single kernels, exactly enough
+to bound a kernel's rounding errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantize import packing
+from quantize.grouping import LINEAR_LEVELS
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+EPSILON = 2.0**-24
+"""The largest relative error of one float32 rounding."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix as the kernels get it (`tiles`), and as plain numbers."""
+
+    format: str
+    group_size: int
+    codebook: tuple[int, ...]
+    levels: NDArray[np.int64]  # (n_out, n_in), what the codes stand for; empty for float formats
+    scales: NDArray[np.float16]  # (n_out, n_in / group_size); the same
+    weights: Float32  # (n_out, n_in)
+    tiles: NDArray[np.uint8]
+
+    @property
+    def n_in(self) -> int:
+        return self.weights.shape[1]
+
+    @property
+    def n_out(self) -> int:
+        return len(self.weights)
+
+    @property
+    def n_columns(self) -> int:
+        """Outputs of whole tiles."""
+        return 16 * len(self.tiles)
+
+
+def coded(
+    fmt: str,
+    codes: NDArray[Any],
+    scales: NDArray[np.float16],
+    codebook: tuple[int, ...] = LINEAR_LEVELS,
+) -> Matrix:
+    """An int4 or int8 matrix; codes as packing.pack_codes takes them."""
+    levels = np.array(codebook)[codes] if fmt == "int4" else codes.astype(np.int64)
+    group_size = codes.shape[1] // scales.shape[1]
+    weights = levels.astype(np.float32) * np.repeat(scales.astype(np.float32), group_size, axis=1)
+    tiles = packing.pack_codes(fmt, codes, scales)
+    return Matrix(fmt, group_size, codebook, levels, scales, weights, tiles)
+
+
+def floating(fmt: str, weights: Float32) -> Matrix:
+    """A bf16 or f32 matrix; weights of bf16 are rounded."""
+    if fmt == "bf16":
+        weights = packing.from_bfloat16(packing.to_bfloat16(weights))
+    tiles = packing.pack_floats(fmt, weights)
+    none = np.empty((0, 0))
+    return Matrix(
+        fmt, 0, LINEAR_LEVELS, none.astype(np.int64), none.astype(np.float16), weights, tiles
+    )
+
+
+def quantize_row(x: Float32) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
+    """Codes, scales and the codes' sums, 32 inputs each, of rows (n_tokens, n_in)."""
+    runs = x.reshape(len(x), -1, 32)
+    largest = np.abs(runs).max(-1)
+    some = largest > np.float32(1e-30)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=some)
+    codes = np.rint(runs * inverse[..., None])
+    sums = codes.sum(-1).astype(np.int32)
+    return codes.astype(np.int8).reshape(x.shape), largest / np.float32(127), sums
+
+
+def dots(levels: NDArray[np.int64], codes: NDArray[np.int8]) -> NDArray[np.int64]:
+    """(n_tokens, n_out, n_in / 32): the integer products of each run of 32 inputs."""
+    w = levels.reshape(len(levels), -1, 32)
+    x = codes.astype(np.int64).reshape(len(codes), -1, 32)
+    return np.einsum("rsi,tsi->trs", w, x)
+
+
+def matmul(m: Matrix, x: Float32) -> tuple[Float64, Float64]:
+    """y (n_tokens, n_out) in float64, and the sums of the magnitudes that are added up in it."""
+    if not m.group_size:
+        w, inputs = m.weights.astype(np.float64), x.astype(np.float64)
+        return inputs @ w.T, np.abs(inputs) @ np.abs(w).T
+    codes, x_scales, _ = quantize_row(x)
+    w_scales = np.repeat(m.scales.astype(np.float64), m.group_size // 32, axis=1)
+    terms = dots(m.levels, codes) * w_scales * x_scales.astype(np.float64)[:, None]
+    return terms.sum(-1), np.abs(terms).sum(-1)
+
+
+def attention(
+    q: Float64, k: Float64, v: Float64, window: int, cap: float
+) -> tuple[Float64, Float64]:
+    """out (n, n_heads, head_dim), and the largest sum of |q k| of a query's scores (n, n_heads).
+
+    Keys and values (n, n_kv_heads, head_dim); query head h reads head h // (n_heads / n_kv_heads).
+    """
+    n, n_heads, _ = q.shape
+    out, magnitudes = np.empty_like(q), np.empty((n, n_heads))
+    for t in range(n):
+        first = max(0, t - window + 1) if window else 0
+        for h in range(n_heads):
+            kv = h // (n_heads // k.shape[1])
+            keys = k[first : t + 1, kv]
+            scores = keys @ q[t, h]
+            magnitudes[t, h] = (np.abs(keys) @ np.abs(q[t, h])).max()
+            if cap:
+                scores = cap * np.tanh(scores / cap)
+            weights = np.exp(scores - scores.max())
+            out[t, h] = weights @ v[first : t + 1, kv] / weights.sum()
+    return out, magnitudes
