@@ -12,11 +12,13 @@ so here markers become control pieces once, and whoever loads the model can trus
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import numpy as np
 import sentencepiece
 
 from quantize.errors import GemmaError
@@ -54,9 +56,9 @@ def control_pieces_as_control(model_proto: bytes, where: str = "The tokenizer") 
     try:
         for number, field, value in _fields(model_proto):
             if number == _PIECES and (b"<" in value or b"[" in value):  # every marker has one
-                piece = _read_piece(value)
-                safe = _safe(piece)
-                out += field if safe is piece else _write_piece(safe)
+                text, score, kind = _read_piece(value)
+                safe = _safe_kind(text, kind)
+                out += field if safe == kind else _write_pieces([text], [score], [safe])
             else:
                 out += field
     except (ValueError, struct.error) as error:
@@ -72,11 +74,11 @@ def sentencepiece_from_gguf(metadata: Mapping[str, object], where: str = "The GG
     `where` names the file in errors. Raises GemmaError if keys are missing or disagree.
     """
 
-    def sequence(key: str, kinds: tuple[type, ...]) -> Sequence[object]:
+    def sequence(key: str, kinds: set[type]) -> Sequence[object]:
         values = metadata.get(f"tokenizer.ggml.{key}")
         if not isinstance(values, Sequence) or isinstance(values, str | bytes):
             raise GemmaError(f"{where} has no list tokenizer.ggml.{key}; convert the model anew.")
-        if not all(isinstance(value, kinds) for value in values):
+        if not set(map(type, values)) <= kinds:
             raise GemmaError(
                 f"{where} has values of a wrong type in tokenizer.ggml.{key}; convert it anew."
             )
@@ -88,10 +90,10 @@ def sentencepiece_from_gguf(metadata: Mapping[str, object], where: str = "The GG
             f"{where} has a tokenizer of the kind {model!r}, not 'llama', which Gemma 1 to 3 use; "
             "choose a Gemma 1, 2 or 3 model."
         )
-    tokens = cast(Sequence[str], sequence("tokens", (str,)))
-    scores = cast(Sequence[float], sequence("scores", (float, int)))
-    kinds = cast(Sequence[int], sequence("token_type", (int,)))
-    if not all(abs(score) < 1e30 for score in scores):  # NaN too
+    tokens = cast(Sequence[str], sequence("tokens", {str}))
+    scores = cast(Sequence[float], sequence("scores", {float, int}))
+    kinds = cast(Sequence[int], sequence("token_type", {int}))
+    if not (np.abs(np.array(scores, np.float64)) < 1e30).all():  # NaN too
         raise GemmaError(f"{where} has tokenizer scores that are no numbers; convert it anew.")
     if not len(tokens) == len(scores) == len(kinds):
         raise GemmaError(
@@ -99,7 +101,7 @@ def sentencepiece_from_gguf(metadata: Mapping[str, object], where: str = "The GG
             "the numbers must agree, so convert the model anew."
         )
     special = {}
-    ids = {token: index for index, token in enumerate(tokens)}
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
     for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         index = metadata.get(f"tokenizer.ggml.{key}_token_id", -1)
         if not isinstance(index, int) or not -1 <= index < len(tokens):
@@ -107,15 +109,16 @@ def sentencepiece_from_gguf(metadata: Mapping[str, object], where: str = "The GG
         # By name first: some files of tuned models call end-of-turn EOS, and lose the real one.
         special[role] = ids.get(f"<{role}>", index)
 
-    pieces = []
-    for token, score, kind in zip(tokens, scores, kinds, strict=True):
-        if not 1 <= kind <= len(PieceType):
-            raise GemmaError(f"{where} has the unknown token type {kind}; convert the model anew.")
-        # GGUF holds user-defined pieces as they stand in a text, with plain spaces. Text reaches
-        # the matcher with its spaces written as ▁, so runs of spaces would never be found.
-        text = token.replace(" ", SPACE) if kind == PieceType.USER_DEFINED else token
-        pieces.append(Piece(text, score, PieceType(kind)))
-    return _model(pieces, special, where)
+    if unknown := set(kinds).difference(PieceType):
+        raise GemmaError(f"{where} has the unknown token type {min(unknown)}; convert it anew.")
+    # GGUF holds user-defined pieces as they stand in a text, with plain spaces. Text reaches the
+    # matcher with its spaces written as ▁, so runs of spaces would never be found.
+    user_defined = PieceType.USER_DEFINED
+    texts = [
+        token.replace(" ", SPACE) if kind == user_defined else token
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+    return _model(texts, scores, kinds, special, where)
 
 
 def sentencepiece_from_tokenizer_json(path: Path) -> bytes:
@@ -139,21 +142,21 @@ def sentencepiece_from_tokenizer_json(path: Path) -> bytes:
             raise ValueError("its normalizer does other things than writing spaces as ▁")
         if not _keeps_text_whole(root["pre_tokenizer"]):
             raise ValueError("it cuts the text before merging")
-        pieces = _pieces_of_json(root)
+        texts, scores, kinds = _columns_of_json(root)
         unknown = root["model"]["unk_token"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise GemmaError(
             f"{where} is not like Gemma's ({what}); choose a Gemma 1, 2 or 3 model."
         ) from error
-    ids = {piece.text: index for index, piece in enumerate(pieces)}
+    ids = {text: index for index, text in enumerate(texts)}
     special = {
         "bos": ids.get("<bos>", -1),
         "eos": ids.get("<eos>", -1),
         "unk": ids.get(unknown, -1),
         "pad": ids.get("<pad>", -1),
     }
-    return _model(pieces, special, where)
+    return _model(texts, scores, kinds, special, where)
 
 
 # What is a marker
@@ -171,14 +174,13 @@ _MARKER = re.compile(
 )
 
 
-def _safe(piece: Piece) -> Piece:
-    text, _, kind = piece
+def _safe_kind(text: str, kind: int) -> int:
     if kind in (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.BYTE):
-        return piece
+        return kind
     marker = _MARKER.fullmatch(text) is not None
     if kind == PieceType.USER_DEFINED and _BRACKETED.fullmatch(text):
         marker = _MARKUP.fullmatch(text) is None
-    return piece._replace(kind=PieceType.CONTROL) if marker else piece
+    return PieceType.CONTROL if marker else kind
 
 
 # Reading tokenizer.json
@@ -197,7 +199,8 @@ def _keeps_text_whole(pre_tokenizer: object) -> bool:
     )
 
 
-def _pieces_of_json(root: dict[str, object]) -> list[Piece]:
+def _columns_of_json(root: dict[str, object]) -> tuple[list[str], list[float], list[int]]:
+    """The texts, scores and kinds of all pieces, by their ids."""
     model = cast(dict[str, object], root["model"])
     vocab = dict(cast(dict[str, int], model["vocab"]))
     special = {}
@@ -225,42 +228,46 @@ def _pieces_of_json(root: dict[str, object]) -> list[Piece]:
             return PieceType.CONTROL if special[text] else PieceType.USER_DEFINED
         return PieceType.BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", text) else PieceType.NORMAL
 
-    return [
-        # Single characters are never the result of a merge: their score is not looked at.
-        Piece(text, -float(rank.get(text, 0)), kind(text))
-        for text in cast(list[str], by_id)
-    ]
+    texts = cast(list[str], by_id)
+    # Single characters are never the result of a merge: their score is not looked at.
+    return texts, [-float(rank.get(text, 0)) for text in texts], [kind(text) for text in texts]
 
 
 # Writing and checking the model
 
 
-def _model(pieces: Sequence[Piece], special: Mapping[str, int], where: str) -> bytes:
+def _model(
+    texts: Sequence[str],
+    scores: Sequence[float],
+    kinds: Sequence[int],
+    special: Mapping[str, int],
+    where: str,
+) -> bytes:
     """Serialize a BPE model; `special` maps bos, eos, unk and pad to ids, -1 for none."""
-    out = bytearray()
-    for index, piece in enumerate(pieces):
+    # Every marker starts with one of these.
+    safe = [
+        _safe_kind(text, kind) if text.startswith(("<", "[")) else kind
+        for text, kind in zip(texts, kinds, strict=True)
+    ]
+    for index in set(special.values()) - {-1}:
         # Published GGUF files type <unk> as control, but a model must have one unknown piece.
-        if index == special["unk"]:
-            safe = piece._replace(kind=PieceType.UNKNOWN)
-        elif index in special.values():
-            safe = piece._replace(kind=PieceType.CONTROL)
-        else:
-            safe = _safe(piece)
-        try:
-            out += _write_piece(safe)
-        except UnicodeEncodeError as error:
-            raise GemmaError(
-                f"{where} has a piece that is no text (number {index}); download it again."
-            ) from error
-    trainer = _integer(3, 2) + _integer(4, len(pieces)) + _integer(35, 1)  # BPE, byte_fallback
+        safe[index] = PieceType.UNKNOWN if index == special["unk"] else PieceType.CONTROL
+    try:
+        out = _write_pieces(texts, scores, safe)
+    except UnicodeEncodeError as error:
+        raise GemmaError(
+            f"{where} has a piece that is no text (number {texts.index(error.object)}); download"
+            " it again."
+        ) from error
+    trainer = _integer(3, 2) + _integer(4, len(texts)) + _integer(35, 1)  # BPE, byte_fallback
     for number, role in enumerate(("unk", "bos", "eos", "pad")):
         index = special[role]
         trainer += _integer(40 + number, index)
         if index >= 0:
-            trainer += _bytes(45 + number, pieces[index].text.encode())
+            trainer += _bytes(45 + number, texts[index].encode())
     # Spaces are escaped, and text is otherwise left as it is: no dummy prefix, nothing removed.
     normalizer = _bytes(1, b"identity") + _integer(3, 0) + _integer(4, 0) + _integer(5, 1)
-    return _checked(bytes(out + _bytes(2, trainer) + _bytes(3, normalizer)), where)
+    return _checked(out + _bytes(2, trainer) + _bytes(3, normalizer), where)
 
 
 def _checked(model_proto: bytes, where: str) -> bytes:
@@ -303,11 +310,21 @@ def _bytes(number: int, value: bytes) -> bytes:
     return _varint(number << 3 | _LENGTH) + _varint(len(value)) + value
 
 
-def _write_piece(piece: Piece) -> bytes:
-    # The keys are those of piece = 1, score = 2 and type = 3.
-    text = piece.text.encode()
-    rest = struct.pack("<BfBB", 2 << 3 | _FIXED32, piece.score, 3 << 3 | _VARINT, piece.kind)
-    return _bytes(_PIECES, _bytes(1, text) + rest)
+@cache
+def _piece_start(n_bytes: int) -> bytes:
+    """What comes before the text, of `n_bytes`, in the field of a piece."""
+    start = _varint(1 << 3 | _LENGTH) + _varint(n_bytes)
+    return _varint(_PIECES << 3 | _LENGTH) + _varint(len(start) + n_bytes + 7) + start
+
+
+def _write_pieces(texts: Iterable[str], scores: Iterable[float], kinds: Iterable[int]) -> bytes:
+    # A model has 262,144 of them: as few calls for each as can be.
+    rest = struct.Struct("<BfBB").pack
+    score_key, kind_key = 2 << 3 | _FIXED32, 3 << 3 | _VARINT
+    return b"".join(
+        _piece_start(len(text)) + text + rest(score_key, score, kind_key, kind)
+        for text, score, kind in zip(map(str.encode, texts), scores, kinds, strict=True)
+    )
 
 
 def _read_piece(message: bytes) -> Piece:
