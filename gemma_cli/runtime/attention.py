@@ -9,9 +9,11 @@ are made in the same order however many tokens are processed at once.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from gemma_cli.runtime.kv_cache import CAPACITY, KEY_SCALES, KEYS, VALUE_SCALES, VALUES
 from gemma_cli.runtime.layers import soft_cap
@@ -43,9 +45,23 @@ ROWS = 8
 _MASKED = np.float32(-1e30)
 
 
-def scratch_size(head_dim: int) -> int:
-    """float32 values that a thread of `attend` needs: queries' sums, a block, scores, maxima."""
-    return ROWS * head_dim + BLOCK * head_dim + ROWS * BLOCK + 2 * ROWS
+class Scratch(NamedTuple):
+    """What a thread of `attend` writes to; the first dimension is the thread."""
+
+    sums: NDArray[np.float32]  # (n_threads, ROWS, head_dim)
+    block: NDArray[np.float32]  # (n_threads, BLOCK, head_dim), keys or values
+    scores: NDArray[np.float32]  # (n_threads, ROWS, BLOCK)
+    maxima: NDArray[np.float32]  # (n_threads, ROWS)
+    divisors: NDArray[np.float32]  # (n_threads, ROWS)
+
+
+def allocate(n_threads: int, head_dim: int) -> Scratch:
+    def array(*shape: int) -> NDArray[np.float32]:
+        return np.zeros((n_threads, *shape), np.float32)
+
+    return Scratch(
+        array(ROWS, head_dim), array(BLOCK, head_dim), array(ROWS, BLOCK), array(ROWS), array(ROWS)
+    )
 
 
 @njit
@@ -138,6 +154,12 @@ def _softmax_block(scores, maximum):
 
 
 @njit
+def _fill(x, value):
+    for i in range(0, 4 * x.size, 64):
+        store_f32(address_of(x) + i, splat(value))
+
+
+@njit
 def _block_rows(n_tokens, group, n_threads):
     """Queries in an item: one token's heads are divided among the threads, else whole blocks."""
     return min(ROWS, (n_tokens * group + n_threads - 1) // n_threads)
@@ -160,19 +182,14 @@ def attend(
     q: float32 (n_tokens, n_heads, head_dim), rotated and scaled; query heads of one key head are
     neighbours. position: of the first token. table: the layer's row of the cache's table; the
     tokens' own keys and values are in the cache. window: positions that a token sees, itself
-    included; 0 for all. cap: soft cap of the scores, 0 for none. scratch: float32 (n_threads,
-    scratch_size(head_dim)). out: float32, of q's shape.
+    included; 0 for all. cap: soft cap of the scores, 0 for none. out: float32 (n_tokens, n_heads
+    head_dim).
     """
     n_tokens, n_heads, head_dim = q.shape
     group = n_heads // n_kv_heads
     block_rows = _block_rows(n_tokens, group, n_threads)
-    sums = scratch[thread, : ROWS * head_dim].reshape(ROWS, head_dim)
-    rest = scratch[thread, ROWS * head_dim :]
-    block = rest[: BLOCK * head_dim].reshape(BLOCK, head_dim)
-    rest = rest[BLOCK * head_dim :]
-    scores = rest[: ROWS * BLOCK].reshape(ROWS, BLOCK)
-    rest = rest[ROWS * BLOCK :]
-    maxima, divisors = rest[:ROWS], rest[ROWS : 2 * ROWS]
+    sums, block, scores = scratch.sums[thread], scratch.block[thread], scratch.scores[thread]
+    maxima, divisors = scratch.maxima[thread], scratch.divisors[thread]
 
     head = item % n_kv_heads
     first_row = item // n_kv_heads * block_rows
@@ -181,8 +198,9 @@ def attend(
     start = max(0, position + first_row // group - window + 1) if window else 0
     for r in range(rows):
         maxima[r], divisors[r] = _MASKED, 0
-        sums[r] = 0
-    block[:] = 0  # Rows that no position fills are multiplied by a weight of zero.
+        _fill(sums[r], 0)
+    for j in range(BLOCK):
+        _fill(block[j], 0)  # What no position fills meets a weight of zero; it must be finite.
     for first in range(start // BLOCK * BLOCK, newest + 1, BLOCK):
         low, high = max(first, start), min(first + BLOCK, newest + 1)
         _widen(table, KEYS, KEY_SCALES, head, n_kv_heads, low, high, is_int8, block[low - first :])
@@ -207,5 +225,7 @@ def attend(
             maxima[r] = maximum
             divisors[r] = divisors[r] * decay + total
     for r in range(rows):
-        row = first_row + r
-        out[row // group, head * group + row % group] = sums[r] / divisors[r]
+        token, query = (first_row + r) // group, head * group + (first_row + r) % group
+        target = address_of(out[token]) + 4 * query * head_dim
+        for i in range(0, 4 * head_dim, 64):
+            store_f32(target + i, load_f32(address_of(sums[r]) + i) / splat(divisors[r]))

@@ -29,7 +29,7 @@ from gemma_cli.runtime.matmul import (
     tile_bytes,
 )
 from gemma_cli.runtime.team import stage
-from gemma_cli.runtime.vector import load_byte, load_scalar
+from gemma_cli.runtime.vector import address_of, load_byte, load_f32, load_scalar, store_f32
 
 # Rows of the table of matrices: these seven for every layer, then the embedding.
 Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
@@ -68,20 +68,6 @@ class Weights(NamedTuple):
     slides: NDArray[np.bool_]  # (n_layers,)
 
 
-class Scratch(NamedTuple):
-    """Intermediate values of a chunk; flat buffers are cut to (n_tokens, width) where used."""
-
-    x: NDArray[np.float32]  # (chunk, hidden_size), the residual stream
-    inputs: NDArray[np.float32]  # chunk * the widest matrix input
-    codes: NDArray[np.int8]  # the same, rounded by quantize_row
-    scales: NDArray[np.float32]  # 1/32 of it
-    sums: NDArray[np.int32]  # 1/32 of it
-    outputs: NDArray[np.float32]  # chunk * the widest set of matrix outputs
-    queries: NDArray[np.float32]  # (chunk, n_heads, head_dim)
-    angles: NDArray[np.float32]  # (2 global or sliding, 2 cos or sin, chunk, head_dim / 2)
-    attention: NDArray[np.float32]  # (n_threads, attention.scratch_size)
-
-
 class Inputs(NamedTuple):
     """The inputs of a matrix, as float32 and as matmul.quantize_row rounds them."""
 
@@ -89,6 +75,17 @@ class Inputs(NamedTuple):
     codes: NDArray[np.int8]  # (n_tokens, n_in)
     scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
     sums: NDArray[np.int32]  # (n_tokens, n_in / 32)
+
+
+class Scratch(NamedTuple):
+    """Intermediate values of a chunk; `h` and `outputs` serve matrices of every width."""
+
+    x: NDArray[np.float32]  # (chunk, hidden_size), the residual stream
+    h: Inputs  # of the widest matrix
+    outputs: NDArray[np.float32]  # (chunk, widest set of matrix outputs)
+    queries: NDArray[np.float32]  # (chunk, n_heads, head_dim)
+    angles: NDArray[np.float32]  # (2 global or sliding, 2 cos or sin, chunk, head_dim / 2)
+    attention: attention.Scratch
 
 
 STAGES = 10  # of a layer
@@ -166,7 +163,9 @@ def _place_token(t, thread, s, qkv, norms, angles, cache, is_int8, position, que
     slot = (position + t) % cache[kv_cache.CAPACITY]
     for head in range(s.n_heads):
         query = queries[t, head]
-        query[:] = qkv[t, head * d : (head + 1) * d]
+        source = address_of(qkv[t]) + 4 * head * d
+        for i in range(0, 4 * d, 64):
+            store_f32(address_of(query) + i, load_f32(source + i))
         if norms[Q_NORM]:
             rms_norm(query, norms[Q_NORM], s.rms_norm_eps, query)
         rotate(query, cos, sin, np.float32(s.query_scale))
@@ -191,7 +190,7 @@ def _quantize_token(t, thread, h):
 def _add_token(t, thread, x, y, post_norm, next_norm, eps, h):
     """x += y, after y's own norm if there is one; then the norm of what comes next."""
     if post_norm:
-        rms_norm(y[t], post_norm, eps, y[t])
+        rms_norm(y[t, : x.shape[1]], post_norm, eps, y[t, : x.shape[1]])
     add(x[t], y[t])
     rms_norm(x[t], next_norm, eps, h.values[t])
     quantize_row(h.values[t], h.codes[t], h.scales[t], h.sums[t])
@@ -218,18 +217,13 @@ def _cap_token(t, thread, logits, cap):
 
 
 @njit
-def _cut(flat, n_tokens, width):
-    return flat[: n_tokens * width].reshape(n_tokens, width)
-
-
-@njit
-def _inputs(scratch, n_tokens, width):
-    """The scratch memory for a matrix's inputs, of this width."""
+def _inputs(h, n_tokens, n_in):
+    """The part of the scratch memory that holds the inputs of a matrix."""
     return Inputs(
-        _cut(scratch.inputs, n_tokens, width),
-        _cut(scratch.codes, n_tokens, width),
-        _cut(scratch.scales, n_tokens, width // 32),
-        _cut(scratch.sums, n_tokens, width // 32),
+        h.values[:n_tokens, :n_in],
+        h.codes[:n_tokens, :n_in],
+        h.scales[:n_tokens, : n_in // 32],
+        h.sums[:n_tokens, : n_in // 32],
     )
 
 
@@ -269,27 +263,24 @@ def forward(
     """
     n, n_last, ffn = tokens.size, logits.shape[0], s.intermediate_size
     eps, matrices = s.rms_norm_eps, weights.matrices
+    y = scratch.outputs[:n]
     x, queries = scratch.x[:n], scratch.queries[:n]
-    h = _inputs(scratch, n, s.hidden_size)
-    mixed = _inputs(scratch, n, s.n_heads * s.head_dim)
-    gated = _inputs(scratch, n, ffn)
-    qkv = _cut(scratch.outputs, n, (s.n_heads + 2 * s.n_kv_heads) * s.head_dim)
-    gate_up = _cut(scratch.outputs, n, 2 * ffn)
-    y = _cut(scratch.outputs, n, s.hidden_size)
-    heads_out = mixed.values.reshape(n, s.n_heads, s.head_dim)
+    h = _inputs(scratch.h, n, s.hidden_size)
+    mixed = _inputs(scratch.h, n, s.n_heads * s.head_dim)
+    gated = _inputs(scratch.h, n, ffn)
 
     _start_token(counters, 0, n, thread, s, weights, scratch, tokens, position, h)
     for layer in range(s.n_layers):
         w, norms = matrices[7 * layer : 7 * layer + 7], weights.norms[layer]
         slides, row = weights.slides[layer], 1 + STAGES * layer
-        _multiply(counters, row, thread, n_threads, w[Q : V + 1], h, qkv)
+        _multiply(counters, row, thread, n_threads, w[Q : V + 1], h, y)
         _place_token(
             counters,
             row + 1,
             n,
             thread,
             s,
-            qkv,
+            y,
             norms,
             scratch.angles[int(slides)],
             cache[layer],
@@ -311,7 +302,7 @@ def forward(
             s.attention_soft_cap,
             is_int8,
             scratch.attention,
-            heads_out,
+            mixed.values,
             n_threads,
         )
         _quantize_token(counters, row + 3, n, thread, mixed)
@@ -328,9 +319,9 @@ def forward(
             eps,
             h,
         )
-        _multiply(counters, row + 6, thread, n_threads, w[GATE : UP + 1], h, gate_up)
+        _multiply(counters, row + 6, thread, n_threads, w[GATE : UP + 1], h, y)
         parts = (ffn + GATE_PART - 1) // GATE_PART
-        _gate_part(counters, row + 7, n * parts, thread, gate_up, gated)
+        _gate_part(counters, row + 7, n * parts, thread, y, gated)
         _multiply(counters, row + 8, thread, n_threads, w[DOWN : DOWN + 1], gated, y)
         # The row after the last layer's holds the final norm in this column.
         next_norm = weights.norms[layer + 1, ATTN_NORM]

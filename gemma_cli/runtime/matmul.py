@@ -70,23 +70,22 @@ def _tile_kernel(n):
     """The kernel of one tile for n tokens: the same code for a single one and for several."""
 
     @njit
-    def tile(matrix, w, x, codes, scales, sums, y, y_stride):
+    def tile(matrix, w, x, x_stride, codes, codes_stride, scales, sums, sums_stride, y, y_stride):
         """Fills y[t, 0:16] for n tokens.
 
         matrix: a row of the table; w: the tile's address; x, codes, scales, sums: addresses of the
         first token's inputs, as float32 and as quantize_row leaves them; y: address of the first
-        token's 16 outputs, tokens `y_stride` bytes apart.
+        token's 16 outputs. Tokens are `..._stride` bytes apart, scales as far as sums.
         """
         n_in, group_size, fmt = matrix[N_IN], matrix[GROUP_SIZE], matrix[FORMAT]
-        stride = n_in // 8  # of scales and of sums: four bytes for 32 inputs
         acc = zeros(n)
         if fmt == F32:
             for _ in range(n_in):
-                acc = add_outer(acc, load_f32(w), x, 4 * n_in)
+                acc = add_outer(acc, load_f32(w), x, x_stride)
                 w, x = w + 64, x + 4
         elif fmt == BF16:
             for _ in range(n_in):
-                acc = add_outer(acc, load_bf16(w), x, 4 * n_in)
+                acc = add_outer(acc, load_bf16(w), x, x_stride)
                 w, x = w + 32, x + 4
         else:
             for _ in range(n_in // group_size):
@@ -96,15 +95,17 @@ def _tile_kernel(n):
                     for line in range(0, 512 if fmt == INT8 else 256, 64):
                         prefetch(w + _AHEAD + line)
                     if fmt == INT4:
-                        dots = dots_int4(w, codes, n_in, sums, stride, n)
+                        dots = dots_int4(w, codes, codes_stride, sums, sums_stride, n)
                         w += 256
                     elif fmt == INT4_CODEBOOK:
-                        dots = dots_codebook(w, matrix[CODEBOOK], codes, n_in, sums, stride, n)
+                        dots = dots_codebook(
+                            w, matrix[CODEBOOK], codes, codes_stride, sums, sums_stride, n
+                        )
                         w += 256
                     else:
-                        dots = dots_int8(w, codes, n_in, sums, stride, n)
+                        dots = dots_int8(w, codes, codes_stride, sums, sums_stride, n)
                         w += 512
-                    acc = add_scaled(acc, dots, scale, scales, stride)
+                    acc = add_scaled(acc, dots, scale, scales, sums_stride)
                     codes, scales, sums = codes + 32, scales + 4, sums + 4
         store_rows(y, y_stride, acc)
 
@@ -140,10 +141,11 @@ def matmul(item, thread, matrices, x, codes, scales, sums, y, n_threads):
     Does one of n_items(matrices, n_threads) items. matrices: int64 (n_matrices, N_COLUMNS); x:
     float32 (n_tokens, n_in), read by float formats; codes, scales, sums: the same from
     quantize_row, (n_tokens, n_in), (n_tokens, n_in / 32) twice, read by the others; y: float32,
-    C-contiguous, n_tokens rows of at least 16 times all tiles.
+    n_tokens rows of at least 16 times all tiles. Each row is contiguous.
     """
-    n_tokens, n_in = x.shape
-    y_stride = 4 * y.shape[1]
+    n_tokens = x.shape[0]
+    x_stride, codes_stride = x.strides[0], codes.strides[0]
+    sums_stride, y_stride = sums.strides[0], y.strides[0]
     total, items = matrices[:, N_TILES].sum(), n_items(matrices, n_threads)
     start, stop = total * item // items, total * (item + 1) // items
     before = 0  # tiles of the matrices passed
@@ -155,13 +157,17 @@ def matmul(item, thread, matrices, x, codes, scales, sums, y, n_threads):
             out = address_of(y) + 64 * tile
             t = 0
             while t < n_tokens:
-                run = t * n_in // 32 * 4
-                px, pc = address_of(x) + 4 * t * n_in, address_of(codes) + t * n_in
-                ps, pn = address_of(scales) + run, address_of(sums) + run
+                px, pc = address_of(x) + t * x_stride, address_of(codes) + t * codes_stride
+                ps, pn = address_of(scales) + t * sums_stride, address_of(sums) + t * sums_stride
+                py = out + t * y_stride
                 if t + TOKENS <= n_tokens:
-                    _some_tokens(matrix, w, px, pc, ps, pn, out + t * y_stride, y_stride)
+                    _some_tokens(
+                        matrix, w, px, x_stride, pc, codes_stride, ps, pn, sums_stride, py, y_stride
+                    )
                     t += TOKENS
                 else:
-                    _one_token(matrix, w, px, pc, ps, pn, out + t * y_stride, y_stride)
+                    _one_token(
+                        matrix, w, px, x_stride, pc, codes_stride, ps, pn, sums_stride, py, y_stride
+                    )
                     t += 1
         before += n_tiles

@@ -12,6 +12,7 @@ from gemma_cli.runtime import attention, matmul, team
 from gemma_cli.runtime.forward import (
     MATRICES,
     NORMS,
+    Inputs,
     Scratch,
     Shape,
     Weights,
@@ -105,14 +106,16 @@ class Model:
         outputs = max(c.hidden_size, 2 * c.intermediate_size, heads + 2 * c.n_kv_heads * c.head_dim)
         return Scratch(
             x=np.zeros((chunk, c.hidden_size), np.float32),
-            inputs=np.zeros(chunk * widest, np.float32),
-            codes=np.zeros(chunk * widest, np.int8),
-            scales=np.zeros(chunk * widest // 32, np.float32),
-            sums=np.zeros(chunk * widest // 32, np.int32),
-            outputs=np.zeros(chunk * outputs, np.float32),
+            h=Inputs(
+                np.zeros((chunk, widest), np.float32),
+                np.zeros((chunk, widest), np.int8),
+                np.zeros((chunk, widest // 32), np.float32),
+                np.zeros((chunk, widest // 32), np.int32),
+            ),
+            outputs=np.zeros((chunk, outputs), np.float32),
             queries=np.zeros((chunk, c.n_heads, c.head_dim), np.float32),
             angles=np.zeros((2, 2, chunk, c.head_dim // 2), np.float32),
-            attention=np.zeros((self.n_threads, attention.scratch_size(c.head_dim)), np.float32),
+            attention=attention.allocate(self.n_threads, c.head_dim),
         )
 
     def new_cache(self, context: int, kv: str = "f16") -> KVCache:

@@ -503,13 +503,19 @@ def store_f16(typingctx: Any, address: Any, vector: Any):
 def _float_to_half(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     if isa.NAME != "plain":
         return b.fptrunc(x, ir.VectorType(_HALF, LANES))
-    # The reverse of _half_to_float: scale the exponent's bias, then round at the 13th bit.
     bits = b.bitcast(x, _VI32)
     sign = b.and_(b.lshr(bits, _const(_VI32, 16)), _const(_VI32, 0x8000))
-    magnitude = b.bitcast(b.and_(bits, _const(_VI32, 0x7FFFFFFF)), _VF32)
-    scaled = b.bitcast(b.fmul(magnitude, _const(_VF32, 2.0**-112)), _VI32)
-    odd = b.and_(b.lshr(scaled, _const(_VI32, 13)), _const(_VI32, 1))
-    rounded = b.lshr(b.add(b.add(scaled, _const(_VI32, 0xFFF)), odd), _const(_VI32, 13))
+    bits = b.and_(bits, _const(_VI32, 0x7FFFFFFF))
+    # The reverse of _half_to_float: correct the exponent's bias, then round at the 13th bit.
+    odd = b.and_(b.lshr(bits, _const(_VI32, 13)), _const(_VI32, 1))
+    rounding = b.add(odd, _const(_VI32, 0xFFF - (112 << 23)))
+    normal = b.lshr(b.add(bits, rounding), _const(_VI32, 13))
+    # Steps of 2^-24, as the subnormals have them: those of float32 from 0.5 on.
+    half = _const(_VF32, 0.5)
+    steps = b.fadd(b.bitcast(bits, _VF32), half)
+    subnormal = b.sub(b.bitcast(steps, _VI32), b.bitcast(half, _VI32))
+    below = b.icmp_unsigned("<", bits, _const(_VI32, (127 - 14) << 23))
+    rounded = b.select(below, subnormal, normal)
     return b.trunc(b.or_(rounded, sign), ir.VectorType(_I16, LANES))
 
 
