@@ -6,18 +6,17 @@ code depends on.
 """
 
 import hashlib
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 import llvmlite.binding as llvm
-from platformdirs import user_cache_path
 
+from gemma_cli.models import cache_folder
 from gemma_cli.runtime import isa
 
 
-def cache_folder() -> Path:
+def kernels_folder() -> Path:
     """The folder of this machine's kernels, of these very sources."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
@@ -25,11 +24,9 @@ def cache_folder() -> Path:
     cpu = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), isa.NAME)
     versions = (version("numba"), version("llvmlite"), version("numpy"), platform.python_version())
     digest.update(repr((cpu, versions)).encode())
-    home = os.environ.get("GEMMA_CLI_HOME")
-    base = Path(home) / "cache" if home else user_cache_path("gemma-cli")
-    return base / "kernels" / digest.hexdigest()[:16]
+    return cache_folder() / "kernels" / digest.hexdigest()[:16]
 
 
 def needs_compiling() -> bool:
     """Whether the next use of the runtime compiles its kernels, for half a minute at most."""
-    return not any(cache_folder().glob("**/*.nbi"))
+    return not any(kernels_folder().glob("**/*.nbi"))
