@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 
 import numpy as np
@@ -65,6 +65,7 @@ class Model:
         self.n_threads = n_threads or default_threads()
         # Compiled code gives up the interpreter's lock, so plain threads run side by side.
         self._pool = ThreadPoolExecutor(max(1, self.n_threads - 1))
+        self._others: list[Future[None]] = []
         self._shape = _shape(self.config)
         self._codebooks: list[NDArray[np.uint8]] = []
         self._weights = self._addresses()
@@ -123,6 +124,7 @@ class Model:
         return KVCache(self.config, context, kv, self.chunk_size)
 
     def _run(self, ids: NDArray[np.int32], cache: KVCache, logits: NDArray[np.float32]) -> None:
+        wait(self._others)  # They may run still if Ctrl-C cut the last call short.
         self._counters[:] = 0
 
         def work(thread: int) -> None:
@@ -140,9 +142,9 @@ class Model:
                 self.n_threads,
             )
 
-        others = [self._pool.submit(work, thread) for thread in range(1, self.n_threads)]
+        self._others = [self._pool.submit(work, thread) for thread in range(1, self.n_threads)]
         work(0)
-        for other in others:
+        for other in self._others:
             other.result()
         cache.length += len(ids)
 
