@@ -23,6 +23,8 @@ TILE_ROWS = 16
 RUN_INPUTS = 32
 """Inputs in one full run of a block; also the inputs that share an activation scale."""
 
+LARGEST_BFLOAT16 = np.float32(2**128 - 2**120)
+
 FORMATS = ("int4", "int8", "bf16", "f32")
 _CODE_BYTES = {"int4": 256, "int8": 512}  # for 32 inputs of 16 rows
 _FLOAT_BYTES = {"bf16": 2, "f32": 4}
@@ -53,16 +55,16 @@ def _whole_tiles(rows: NDArray[np.generic]) -> NDArray[np.generic]:
 
 def _runs(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(n_rows, n_in) bytes -> (n_tiles, n_in / 32, 8, 64), run by run."""
-    tiles, n_in = len(codes) // TILE_ROWS, codes.shape[1]
-    cut = codes.reshape(tiles, TILE_ROWS, n_in // RUN_INPUTS, 8, 4)
-    return cut.transpose(0, 2, 3, 1, 4).reshape(tiles, n_in // RUN_INPUTS, 8, 64)
+    # The 4 inputs of a row that lie side by side move as one uint32.
+    fours = codes.view(np.uint32).reshape(-1, TILE_ROWS, codes.shape[1] // RUN_INPUTS, 8)
+    return np.ascontiguousarray(fours.transpose(0, 2, 3, 1)).view(np.uint8)
 
 
 def _rows(runs: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The reverse of _runs."""
-    tiles, n_runs = runs.shape[:2]
-    cut = runs.reshape(tiles, n_runs, 8, TILE_ROWS, 4).transpose(0, 3, 1, 2, 4)
-    return cut.reshape(tiles * TILE_ROWS, n_runs * RUN_INPUTS)
+    fours = runs.view(np.uint32).transpose(0, 3, 1, 2)
+    rows = np.ascontiguousarray(fours).view(np.uint8)
+    return rows.reshape(len(runs) * TILE_ROWS, -1)
 
 
 def pack_codes(
@@ -105,8 +107,11 @@ def unpack_codes(
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The upper halves of float32, rounded to nearest, ties to even; values are finite."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
+    """The upper halves of float32, rounded to nearest, ties to even.
+
+    Values are finite and stay so: those beyond bfloat16's largest become that.
+    """
+    bits = np.clip(values, -LARGEST_BFLOAT16, LARGEST_BFLOAT16).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
 

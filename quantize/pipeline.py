@@ -1,11 +1,14 @@
 """The streaming conversion: one checkpoint in, one model file out, a few rows at a time."""
 
 import hashlib
-import resource
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +22,11 @@ from quantize.modelfile import Description, MatrixSpec
 from quantize.recipe import GROUP_SIZES, format_of
 from quantize.tensors import matrix_shapes, norm_sizes
 
-_BLOCK_WEIGHTS = 1 << 21
-"""Weights converted at a time: bounds the memory that a conversion needs."""
+_PIECE_WEIGHTS = 1 << 18
+"""Weights that a thread converts at a time: as float32 they stay in its L2 cache."""
+
+
+_N_THREADS = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -93,10 +99,10 @@ def _finite(values: NDArray[np.float32], name: str, path: Path) -> NDArray[np.fl
 
 
 def _tiles(
-    tensor: SourceTensor, planned: PlannedTensor, start: int, stop: int, path: Path
+    tensor: SourceTensor, planned: PlannedTensor, path: Path, rows_at: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """Rows start to stop of a matrix, as tiles."""
-    spec = planned.spec
+    """Rows of a matrix, from one to before the other, as tiles."""
+    spec, (start, stop) = planned.spec, rows_at
     if planned.exact:
         grid = tensor.grid(start, stop)
         if grid is None:
@@ -113,6 +119,21 @@ def _tiles(
     if spec.format == "int8":
         return packing.pack_codes("int8", *grouping.round_int8(rows, spec.group_size))
     return packing.pack_floats(spec.format, rows)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    convert: Callable[[tuple[int, int]], NDArray[np.uint8]],
+    pieces: Iterable[tuple[int, int]],
+) -> Iterator[NDArray[np.uint8]]:
+    """What `convert` makes of each piece, in their order, a few ahead of the reader."""
+    ahead: deque[Future[NDArray[np.uint8]]] = deque()
+    for piece in pieces:
+        ahead.append(pool.submit(convert, piece))
+        if len(ahead) > 2 * _N_THREADS:
+            yield ahead.popleft().result()
+    for future in ahead:
+        yield future.result()
 
 
 def _check_output(output: Path, source: Checkpoint, force: bool) -> None:
@@ -160,7 +181,6 @@ def quantize(
     `output` exists without `force`, when it is (beside) the source, or when a weight is not finite.
     """
     started = time.perf_counter()
-    _check_output(output, source, force)
     planned = plan(source, bits, group_size)
     norms = norm_sizes(source.config)
     total = sum(source.tensors[name].nbytes for name in [*norms, *(p.name for p in planned)])
@@ -170,7 +190,7 @@ def quantize(
         chat=source.chat,
         sampling=source.sampling,
         recipe=f"default, {bits} bits{groups}",
-        source=source.path.name,
+        source=os.fsencode(source.path.absolute().name).decode(errors="replace"),
         tokenizer_model=source.tokenizer_model,
         matrices={p.name: p.spec for p in planned},
     )
@@ -183,16 +203,21 @@ def quantize(
             progress(Progress(name, tensors_done, len(norms) + len(planned), done, total))
 
     def parts(p: PlannedTensor, tensors_done: int) -> Iterator[NDArray[np.uint8]]:
-        tensor = source.tensors[p.name]
-        step = max(1, _BLOCK_WEIGHTS // p.spec.n_in // packing.TILE_ROWS) * packing.TILE_ROWS
-        for start in range(0, p.spec.n_out, step):
-            stop = min(start + step, p.spec.n_out)
-            yield _tiles(tensor, p, start, stop, source.path)
-            report(p.name, tensors_done, tensor.nbytes * (stop - start) // p.spec.n_out)
+        tensor, n_out = source.tensors[p.name], p.spec.n_out
+        step = max(1, _PIECE_WEIGHTS // p.spec.n_in // packing.TILE_ROWS) * packing.TILE_ROWS
+        pieces = [(start, min(start + step, n_out)) for start in range(0, n_out, step)]
+        convert = partial(_tiles, tensor, p, source.path)
+        for (start, stop), tiles in zip(pieces, _in_order(pool, convert, pieces), strict=True):
+            yield tiles
+            report(p.name, tensors_done, tensor.nbytes // n_out * (stop - start))
 
     try:
+        _check_output(output, source, force)
         output.parent.mkdir(parents=True, exist_ok=True)
-        with modelfile.create(output, description) as writer:
+        with (
+            ThreadPoolExecutor(_N_THREADS) as pool,
+            modelfile.create(output, description) as writer,
+        ):
             for i, name in enumerate(norms):
                 values = source.tensors[name].values()
                 writer.write(name, [_finite(values, name, source.path)])
@@ -207,12 +232,21 @@ def quantize(
             f"{output} cannot be written ({error.strerror}); free some space or choose another "
             "output with -o."
         ) from error
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Summary(
         output=output,
         bits_per_weight=description.bits_per_weight,
         bytes=output.stat().st_size,
         sha256=sha256,
         seconds=time.perf_counter() - started,
-        peak_rss_mb=peak / (1e6 if sys.platform == "darwin" else 1e3),
+        peak_rss_mb=_peak_rss_mb(),
     )
+
+
+def _peak_rss_mb() -> float:
+    """The most memory that this process held, mapped files included; 0.0 where none can tell."""
+    if sys.platform == "win32":
+        return 0.0
+    import resource  # noqa: PLC0415
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
