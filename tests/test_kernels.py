@@ -60,10 +60,15 @@ def run_matmul(counters, thread, n_threads, matrices, x, codes, scales, sums, y)
     matmul.matmul(counters, 0, items, thread, matrices, x, codes, scales, sums, y, n_threads)
 
 
+def strided(n_rows: int, width: int, dtype: Any) -> NDArray[Any]:
+    """Rows that are further apart than they are long, as those of the scratch memory are."""
+    return np.empty((n_rows, width + 96), dtype)[:, :width]
+
+
 def quantized(x: Float32) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
-    codes = np.empty(x.shape, np.int8)
-    runs = (len(x), x.shape[1] // 32)
-    scales, sums = np.empty(runs, np.float32), np.empty(runs, np.int32)
+    n, runs = len(x), x.shape[1] // 32
+    codes = strided(n, x.shape[1], np.int8)
+    scales, sums = strided(n, runs, np.float32), strided(n, runs, np.int32)
     quantize_rows(x, codes, scales, sums)
     return codes, scales, sums
 
@@ -73,15 +78,17 @@ def multiply(matrices: Sequence[twins.Matrix], x: Float32, n_threads: int = 1) -
     codebooks = np.empty((len(matrices), 16), np.uint8)
     table = addresses(matrices, codebooks)
     width = sum(m.n_columns for m in matrices)
-    y = np.full((len(x) + 1, width + 16), np.nan, np.float32)
-    counters, inputs = team.counters(1), quantized(x)
+    y = np.full((len(x) + 1, width + 32), np.nan, np.float32)
+    rows, out = strided(*x.shape, np.float32), y[: len(x), : width + 16]
+    rows[:] = x
+    counters, inputs = team.counters(1), quantized(rows)
     on_threads(
         n_threads,
-        lambda thread: run_matmul(counters, thread, n_threads, table, x, *inputs, y[: len(x)]),
+        lambda thread: run_matmul(counters, thread, n_threads, table, rows, *inputs, out),
     )
     assert np.isnan(y[:, width:]).all()
     assert np.isnan(y[len(x) :]).all()
-    return y[: len(x), :width]
+    return out[:, :width]
 
 
 def random_inputs(rng: np.random.Generator, n_tokens: int, n_in: int) -> Float32:
@@ -395,9 +402,10 @@ def attend_all(
     n_threads: int,
 ) -> Float32:
     """Attention of all tokens, a chunk at a time: (n, n_heads, head_dim)."""
-    out = np.full_like(q, np.nan)
-    scratch_size = attention.scratch_size(q.shape[2])
-    scratch = np.full((n_threads, scratch_size), np.nan, np.float32)
+    out = np.full((len(q), q[0].size), np.nan, np.float32)
+    scratch = attention.allocate(n_threads, q.shape[2])
+    for array in scratch:
+        array[:] = np.nan
     for start in range(0, len(q), chunk):
         part = slice(start, start + chunk)
         cache.store(k[part], v[part], start)
@@ -419,7 +427,7 @@ def attend_all(
                 out[part],
             ),
         )
-    return out
+    return out.reshape(q.shape)
 
 
 def random_heads(
