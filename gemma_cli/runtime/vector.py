@@ -193,11 +193,13 @@ def _shuffle16(b: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
     if isa.NAME == "neon":
         name = "llvm.aarch64.neon.tbl1.v16i8"
         return _by_part(b, 4, lambda t, c: _call(b, name, t.type, [t, c]), table, codes)
-    levels = ir.Constant(_VI8, ir.Undefined)
-    for lane in range(4 * LANES):
-        code = b.extract_element(codes, _I32(lane))
-        levels = b.insert_element(levels, b.extract_element(table, code), _I32(lane))
-    return levels
+    # Halve the candidates by one bit of the code after the other.
+    candidates = [_splat(b, b.extract_element(table, _I32(i)), 4 * LANES) for i in range(16)]
+    for bit in range(4):
+        chosen = b.trunc(b.lshr(codes, _const(_VI8, bit)), ir.VectorType(ir.IntType(1), 4 * LANES))
+        pairs = zip(candidates[::2], candidates[1::2], strict=True)
+        candidates = [b.select(chosen, odd, even) for even, odd in pairs]
+    return candidates[0]
 
 
 def _nibbles(b: ir.IRBuilder, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
