@@ -1,0 +1,146 @@
+"""Tiles against a slow, literal reading of the layout that packing.py describes."""
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from quantize import packing
+
+SHAPES = [(1, 32), (15, 64), (16, 96), (17, 128), (40, 256)]
+GROUPED = [
+    (fmt, shape, group_size)
+    for fmt in ("int4", "int8")
+    for shape in SHAPES
+    for group_size in (32, 64, 128)
+    if shape[1] % group_size == 0
+]
+
+
+def random_codes(
+    fmt: str, shape: tuple[int, int], group_size: int
+) -> tuple[NDArray[np.generic], NDArray[np.float16]]:
+    rng = np.random.default_rng(0)
+    codes: NDArray[np.generic] = rng.integers(0, 16, shape, np.uint8)
+    if fmt == "int8":
+        codes = rng.integers(-128, 128, shape, np.int8)
+    scales = rng.standard_normal((shape[0], shape[1] // group_size)).astype(np.float16)
+    return codes, scales
+
+
+def tile_byte_by_byte(
+    fmt: str, codes: NDArray[np.generic], scales: NDArray[np.float16], tile: int, group_size: int
+) -> bytes:
+    """One tile, every byte looked up on its own; rows beyond the matrix have codes of byte 0."""
+
+    def code(r: int, i: int) -> int:
+        row = 16 * tile + r
+        offset = 128 if fmt == "int8" else 0
+        return offset + (int(codes[row, i]) if row < len(codes) else 0)
+
+    out = bytearray()
+    for group in range(scales.shape[1]):
+        for row in range(16 * tile, 16 * tile + 16):
+            out += struct.pack("<e", scales[row, group] if row < len(codes) else 0)
+        for first in range(group * group_size, (group + 1) * group_size, 32):
+            for b in range(4 if fmt == "int4" else 8):
+                for r in range(16):
+                    for j in range(4):
+                        byte = code(r, first + 4 * b + j)
+                        if fmt == "int4":
+                            byte |= code(r, first + 16 + 4 * b + j) << 4
+                        out.append(byte)
+    return bytes(out)
+
+
+@pytest.mark.parametrize(("fmt", "shape", "group_size"), GROUPED)
+def test_codes_lie_where_the_description_says(
+    fmt: str, shape: tuple[int, int], group_size: int
+) -> None:
+    codes, scales = random_codes(fmt, shape, group_size)
+    tiles = packing.pack_codes(fmt, codes, scales)
+    assert len(tiles) == packing.n_tiles(shape[0])
+    for tile, packed in enumerate(tiles):
+        assert packed.tobytes() == tile_byte_by_byte(fmt, codes, scales, tile, group_size)
+
+
+@pytest.mark.parametrize(("fmt", "shape", "group_size"), GROUPED)
+def test_codes_come_back(fmt: str, shape: tuple[int, int], group_size: int) -> None:
+    codes, scales = random_codes(fmt, shape, group_size)
+    tiles = packing.pack_codes(fmt, codes, scales)
+    assert tiles.shape[1] == packing.tile_bytes(fmt, shape[1], group_size)
+    unpacked, unpacked_scales = packing.unpack_codes(fmt, tiles, shape[1], group_size)
+    assert unpacked.dtype == codes.dtype
+    n_rows = shape[0]
+    np.testing.assert_array_equal(unpacked[:n_rows], codes)
+    np.testing.assert_array_equal(unpacked_scales[:n_rows], scales)
+    assert not unpacked_scales[n_rows:].any()  # so rows filled up are zero whatever their codes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_floats_lie_input_by_input_and_come_back(shape: tuple[int, int]) -> None:
+    rows = np.random.default_rng(0).standard_normal(shape, np.float32)
+    tiles = packing.pack_floats("f32", rows)
+    assert tiles.shape[1] == packing.tile_bytes("f32", shape[1], 0)
+    for tile, packed in enumerate(tiles):
+        expected = [
+            float(rows[row, i]) if row < len(rows) else 0.0
+            for i in range(shape[1])
+            for row in range(16 * tile, 16 * tile + 16)
+        ]
+        assert packed.tobytes() == struct.pack(f"<{len(expected)}f", *expected)
+    np.testing.assert_array_equal(packing.unpack_floats("f32", tiles, shape[1])[: len(rows)], rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_tiles_are_the_upper_halves_of_float32_tiles(shape: tuple[int, int]) -> None:
+    bits = np.random.default_rng(0).integers(0, 0x7F80, shape).astype(np.uint32) << 16
+    rows = bits.view(np.float32)
+    tiles = packing.pack_floats("bf16", rows)
+    assert tiles.shape[1] == packing.tile_bytes("bf16", shape[1], 0)
+    whole = packing.pack_floats("f32", rows).view("<u4") >> 16
+    np.testing.assert_array_equal(tiles.view("<u2"), whole)
+    np.testing.assert_array_equal(packing.unpack_floats("bf16", tiles, shape[1])[: len(rows)], rows)
+
+
+def nearest_bfloat16(value: float) -> float:
+    """By trying the bfloat16 below, the one above and, for a tie, whose last bit is 0."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    low = bits & 0xFFFF0000
+    around = [low, low + 0x10000]
+    floats = [struct.unpack("<f", struct.pack("<I", b))[0] for b in around]
+    if abs(floats[1]) == float("inf"):
+        return float(floats[0])
+    errors = [abs(value - f) for f in floats]
+    if errors[0] == errors[1]:
+        return float(floats[0] if (low >> 16) % 2 == 0 else floats[1])
+    return float(floats[errors.index(min(errors))])
+
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_bfloat16_is_the_nearest(value: float) -> None:
+    rounded = packing.from_bfloat16(packing.to_bfloat16(np.array([value], np.float32)))
+    assert struct.pack("<f", rounded[0]) == struct.pack("<f", nearest_bfloat16(value))
+
+
+@pytest.mark.parametrize(
+    ("value", "rounded"),
+    [
+        (1 + 2**-8, 1.0),  # a tie, down to even
+        (1 + 3 * 2**-8, 1 + 2**-6),  # a tie, up to even
+        (1 + 2**-8 + 2**-23, 1 + 2**-7),
+        (-0.0, -0.0),
+        (2.0**-149, 0.0),
+        (LARGEST, 2.0**128 - 2.0**120),  # rounding up would be infinite
+        (-LARGEST, -(2.0**128) + 2.0**120),
+    ],
+)
+def test_bfloat16_at_ties_and_ends(value: float, rounded: float) -> None:
+    bits = packing.to_bfloat16(np.array([value], np.float32))
+    assert struct.pack("<f", packing.from_bfloat16(bits)[0]) == struct.pack("<f", rounded)
