@@ -113,7 +113,9 @@ def _tiles(
         # IQ4_NL's codes are indices already; Q4_0's are -8 to 7.
         first = 0 if tensor.dtype == "IQ4_NL" else 8
         return packing.pack_codes("int4", (grid.codes + first).astype(np.uint8), grid.scales)
-    rows = _finite(tensor.rows(start, stop), planned.name, path)
+    with np.errstate(all="ignore"):  # What comes of it is no finite number, and reported.
+        rows = tensor.rows(start, stop)
+    _finite(rows, planned.name, path)
     if spec.format == "int4":
         return packing.pack_codes("int4", *grouping.round_int4(rows, spec.group_size))
     if spec.format == "int8":

@@ -208,7 +208,8 @@ def write_gguf(
     dtype: str = "F32",
     metadata: Mapping[str, object] | None = None,
 ) -> Path:
-    """A GGUF file, its matrices of the given type; `metadata` is added to the usual."""
+    """A GGUF file, its matrices of the given type (bytes are its blocks already); `metadata` is
+    added to the usual."""
     writer = gguf.GGUFWriter(path, config.generation)
     stated = gguf_metadata(config) | VOCABULARY | dict(metadata or {})
     for key, value in stated.items():
@@ -224,7 +225,8 @@ def write_gguf(
             writer.add_float32(key, value)
     for name, values in weights.items():
         kind = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else dtype]
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
+        blocks = values if values.dtype == np.uint8 else gguf.quants.quantize(values, kind)
+        writer.add_tensor(gguf_name(name), blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

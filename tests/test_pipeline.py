@@ -1,0 +1,431 @@
+"""Conversions end to end: what is kept exactly, what is refused, and what a failure leaves."""
+
+import builtins
+import errno
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from checkpoints import (
+    gguf_name,
+    random_weights,
+    tiny,
+    write_gguf,
+    write_hf,
+)
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from quantize import packing
+from quantize.checkpoint import open_checkpoint
+from quantize.errors import GemmaError
+from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS, round_int4
+from quantize.modelfile import ModelFile
+from quantize.pipeline import Progress, plan, quantize
+from quantize.tensors import matrix_shapes, norm_sizes
+
+CONFIG = tiny("gemma3")
+WEIGHTS = random_weights(CONFIG)
+MATRIX = "layers.1.ffn_down"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_hf(tmp_path / "checkpoint", CONFIG, WEIGHTS)
+
+
+def dequantized(file: ModelFile, name: str) -> NDArray[np.float32]:
+    """A matrix as the kernels see it, the rows that fill up its last tile taken off."""
+    m, tiles = file.matrices[name], file.tiles[name]
+    if m.group_size == 0:
+        return packing.unpack_floats(m.format, tiles, m.n_in)[: m.n_out]
+    codes, scales = packing.unpack_codes(m.format, tiles, m.n_in, m.group_size)
+    levels = codes if m.codebook is None else np.array(m.codebook, np.int8)[codes]
+    steps = np.repeat(scales.astype(np.float32), m.group_size, axis=1)
+    return (steps * levels.astype(np.float32))[: m.n_out]
+
+
+def partials(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.partial"))
+
+
+# What a model file holds
+
+
+@pytest.mark.parametrize(
+    ("bits", "layers", "embed"),
+    [(4, "int4", "int8"), (8, "int8", "int8"), (16, "bf16", "bf16"), (32, "f32", "f32")],
+)
+def test_the_default_recipe(
+    source: Path, tmp_path: Path, bits: int, layers: str, embed: str
+) -> None:
+    checkpoint, output = open_checkpoint(source), tmp_path / "new" / "a.safetensors"
+    summary = quantize(checkpoint, output, bits=bits)
+    file = ModelFile.open(output)
+    for name, m in file.matrices.items():
+        assert m.format == (embed if name == "embed" else layers)
+        assert m.group_size == (32 if bits in {4, 8} else 0)
+        assert m.codebook == (LINEAR_LEVELS if m.format == "int4" else None)
+    planned = plan(checkpoint, bits)
+    assert {p.name: p.spec for p in planned} == file.matrices
+    assert not any(p.exact for p in planned)
+    assert summary.bytes == output.stat().st_size
+    assert summary.sha256 == hashlib.sha256(output.read_bytes()).hexdigest()
+    assert summary.bits_per_weight == file.bits_per_weight
+    assert (file.config, file.chat, file.source) == (CONFIG, "base", "checkpoint")
+    assert file.tokenizer_model == checkpoint.tokenizer_model
+
+
+@pytest.mark.parametrize("generation", ["gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize(("bits", "dtype"), [(16, "BF16"), (32, "BF16"), (32, "F32")])
+def test_bfloat16_and_float32_are_kept_exactly(
+    tmp_path: Path, generation: str, bits: int, dtype: str
+) -> None:
+    config = tiny(generation)
+    weights = random_weights(config)
+    if dtype == "F32":
+        noise = np.random.default_rng(1)
+        for name in matrix_shapes(config):
+            weights[name] = noise.standard_normal(weights[name].shape, np.float32)
+    folder = write_hf(tmp_path / "checkpoint", config, weights, dtype)
+    quantize(open_checkpoint(folder), tmp_path / "a.safetensors", bits=bits)
+    file = ModelFile.open(tmp_path / "a.safetensors")
+    for name in matrix_shapes(config):
+        np.testing.assert_array_equal(dequantized(file, name), weights[name])
+    for name in norm_sizes(config):
+        np.testing.assert_array_equal(file.vectors[name], weights[name])
+
+
+def test_large_weights_stay_finite_in_bfloat16(tmp_path: Path) -> None:
+    largest = np.finfo(np.float32).max
+    weights = WEIGHTS | {MATRIX: np.full_like(WEIGHTS[MATRIX], largest)}
+    folder = write_hf(tmp_path / "checkpoint", CONFIG, weights, "F32")
+    quantize(open_checkpoint(folder), tmp_path / "a.safetensors", bits=16)
+    rounded = dequantized(ModelFile.open(tmp_path / "a.safetensors"), MATRIX)
+    np.testing.assert_array_equal(rounded, packing.LARGEST_BFLOAT16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("Q4_0", 4), ("IQ4_NL", 4), ("Q4_0", 8), ("Q5_0", 8), ("Q8_0", 8), ("Q8_0", 4)],
+)
+def test_blocks_of_a_gguf_file_go_over_as_they_are(tmp_path: Path, dtype: str, bits: int) -> None:
+    path = write_gguf_blocks(tmp_path / "a.gguf", dtype)
+    checkpoint = open_checkpoint(path)
+    output = tmp_path / "a.safetensors"
+    quantize(checkpoint, output, bits=bits)
+    file = ModelFile.open(output)
+    exact = {p.name for p in plan(checkpoint, bits) if p.exact}
+    assert exact == ({"embed"} if (dtype, bits) == ("Q8_0", 4) else expected_exact(dtype, bits))
+    theirs = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    for name in exact:
+        tensor, m = theirs[gguf_name(name)], file.matrices[name]
+        wide = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        ours = dequantized(file, name)
+        np.testing.assert_array_equal(ours.view(np.uint32), wide.view(np.uint32))
+        codes, scales = packing.unpack_codes(m.format, file.tiles[name], m.n_in, 32)
+        grid = checkpoint.tensors[name].grid(0, m.n_out)
+        assert grid is not None
+        np.testing.assert_array_equal(scales[: m.n_out], grid.scales)
+        offset = 8 if (m.format, dtype) == ("int4", "Q4_0") else 0
+        np.testing.assert_array_equal(codes[: m.n_out], grid.codes + offset)
+        expected = IQ4_NL_LEVELS if dtype == "IQ4_NL" else LINEAR_LEVELS
+        assert m.codebook == (expected if m.format == "int4" else None)
+
+
+def expected_exact(dtype: str, bits: int) -> set[str]:
+    """Every matrix, but an embedding of IQ4_NL, whose levels 8 linear bits do not have."""
+    return set(matrix_shapes(CONFIG)) - ({"embed"} if dtype == "IQ4_NL" else set())
+
+
+def write_gguf_blocks(path: Path, dtype: str) -> Path:
+    """A GGUF file of random blocks, so that every code is met."""
+    rng = np.random.default_rng(0)
+    kind = GGMLQuantizationType[dtype]
+    block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+    weights = {}
+    for name, values in WEIGHTS.items():
+        if values.ndim == 1:
+            weights[name] = values
+            continue
+        blocks = rng.integers(0, 256, (values.size // 32, block_bytes), np.uint8)
+        scales = rng.standard_normal(len(blocks)).astype("<f2")
+        blocks[:, :2] = scales.view(np.uint8).reshape(-1, 2)
+        weights[name] = blocks.reshape(len(values), -1)
+    return write_gguf(path, CONFIG, weights, dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_larger_groups(tmp_path: Path, bits: int, group_size: int) -> None:
+    config = replace(CONFIG, hidden_size=128, intermediate_size=256)
+    weights = random_weights(config)
+    # Coarser groups than the source's: its blocks cannot be kept.
+    path = write_gguf(tmp_path / "a.gguf", config, weights, "Q8_0")
+    checkpoint = open_checkpoint(path)
+    assert not any(p.exact for p in plan(checkpoint, bits, group_size))
+    quantize(checkpoint, tmp_path / "a.safetensors", bits=bits, group_size=group_size)
+    file = ModelFile.open(tmp_path / "a.safetensors")
+    assert file.recipe == f"default, {bits} bits, groups of {group_size}"
+    for name, m in file.matrices.items():
+        assert m.group_size == group_size
+        assert m.bits_per_weight == {"int4": 4, "int8": 8}[m.format] + 16 / group_size
+        wide = checkpoint.tensors[name].rows(0, m.n_out)
+        largest = np.abs(wide.reshape(m.n_out, -1, group_size)).max(-1)
+        # Half a step; at 4 bits a whole one, for what would be 8 becomes 7. float16's 11 bits
+        # of the scale add, over 127 steps, a sixteenth of a step.
+        step = largest / (8 if m.format == "int4" else 127)
+        error = np.abs(dequantized(file, name) - wide).reshape(m.n_out, -1, group_size).max(-1)
+        assert (error <= step * ((1 if m.format == "int4" else 0.5) + 127 / 2**11)).all()
+
+
+def test_pieces_of_a_matrix_follow_each_other(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantize.pipeline._PIECE_WEIGHTS", 1)  # one tile at a time
+    quantize(open_checkpoint(source), tmp_path / "a.safetensors", bits=4)
+    file = ModelFile.open(tmp_path / "a.safetensors")
+    for name in set(matrix_shapes(CONFIG)) - {"embed"}:
+        codes, scales = round_int4(WEIGHTS[name], 32)
+        np.testing.assert_array_equal(
+            file.tiles[name], packing.pack_codes("int4", codes, scales), err_msg=name
+        )
+
+
+def test_two_conversions_are_equal(source: Path, tmp_path: Path) -> None:
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    first = quantize(open_checkpoint(source), a, bits=4)
+    assert quantize(open_checkpoint(source), b, bits=4).sha256 == first.sha256
+    assert quantize(open_checkpoint(source), a, bits=4, force=True).sha256 == first.sha256
+
+
+def test_progress_grows_to_the_end(source: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    checkpoint = open_checkpoint(source)
+    quantize(checkpoint, tmp_path / "a.safetensors", bits=4, progress=seen.append)
+    for field in ("tensors_done", "bytes_done"):
+        done = [getattr(p, field) for p in seen]
+        assert done == sorted(done)
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    assert {(p.tensors, p.bytes) for p in seen} == {(len(checkpoint.tensors), total)}
+    assert (seen[-1].tensors_done, seen[-1].bytes_done) == (len(checkpoint.tensors), total)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_that_do_not_divide_a_matrix_are_refused(
+    source: Path, tmp_path: Path, bits: int
+) -> None:
+    with pytest.raises(GemmaError, match=r"96 inputs in layers\.0\.ffn_down.*--group-size"):
+        quantize(open_checkpoint(source), tmp_path / "a", bits=bits, group_size=64)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "intermediate_size"])
+def test_matrices_of_a_width_that_no_kernel_reads_are_refused(tmp_path: Path, size: str) -> None:
+    config = replace(CONFIG, **{size: 80})
+    folder = write_hf(tmp_path / "checkpoint", config, random_weights(config))
+    with pytest.raises(GemmaError, match=f"{size} 80 is not a multiple of 32"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+@pytest.mark.parametrize("name", [MATRIX, "layers.0.q_norm", "embed"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_no_number_is_refused_by_its_name(
+    tmp_path: Path, bits: int, name: str, value: float
+) -> None:
+    weights = WEIGHTS | {name: WEIGHTS[name].copy()}
+    weights[name].flat[-1] = value
+    folder = write_hf(tmp_path / "checkpoint", CONFIG, weights)
+    with pytest.raises(GemmaError, match=f"{folder} .*not a number or infinite in {name};"):
+        quantize(open_checkpoint(folder), tmp_path / "a.safetensors", bits=bits)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_scale_that_is_no_number_is_refused_by_its_name(
+    tmp_path: Path, bits: int, value: float
+) -> None:
+    path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, "Q4_0")
+    data = bytearray(path.read_bytes())
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == gguf_name(MATRIX))
+    data[tensor.data_offset + 18 : tensor.data_offset + 20] = np.float16(value).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(GemmaError, match=f"not a number or infinite in {MATRIX};"):
+        quantize(open_checkpoint(path), tmp_path / "out", bits=bits)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_that_exists_is_replaced_by_force_only(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "elsewhere" / "a.safetensors"
+    output.parent.mkdir()
+    output.write_bytes(b"old")
+    with pytest.raises(GemmaError, match=f"{output} exists already; .*--force"):
+        quantize(open_checkpoint(source), output, bits=4)
+    assert output.read_bytes() == b"old"
+    quantize(open_checkpoint(source), output, bits=4, force=True)
+    ModelFile.open(output)
+
+
+def test_a_folder_is_no_output(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    with pytest.raises(GemmaError, match="models is a folder"):
+        quantize(open_checkpoint(source), tmp_path / "models", bits=4, force=True)
+
+
+@pytest.mark.parametrize("kind", ["itself", "symlink", "hardlink", "partial"])
+def test_a_gguf_file_is_never_its_own_output(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("a.partial" if kind == "partial" else "a.gguf")
+    output = tmp_path / {"itself": "a.gguf", "partial": "a"}.get(kind, "b.gguf")
+    write_gguf(path, CONFIG, WEIGHTS)
+    if kind == "symlink":
+        output.symlink_to(path)
+    if kind == "hardlink":
+        os.link(path, output)
+    before = path.read_bytes()
+    with pytest.raises(GemmaError, match="would destroy the checkpoint"):
+        quantize(open_checkpoint(path), output, bits=4, force=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "config.json"])
+@pytest.mark.parametrize("opened", ["", "model.safetensors"])
+def test_no_file_of_a_checkpoint_is_its_output(source: Path, name: str, opened: str) -> None:
+    before = (source / name).read_bytes()
+    with pytest.raises(GemmaError, match="checkpoint"):
+        quantize(open_checkpoint(source / opened), source / name, bits=4, force=True)
+    assert (source / name).read_bytes() == before
+
+
+def test_a_model_file_beside_its_checkpoint_is_replaced_by_force(source: Path) -> None:
+    for bits in (4, 8):
+        quantize(open_checkpoint(source), source / "a.safetensors", bits=bits, force=True)
+    assert ModelFile.open(source / "a.safetensors").recipe.startswith("default, 8 bits")
+
+
+@pytest.mark.parametrize("output", ["a/file/in/it", "x" * 300])
+def test_an_output_that_cannot_be_is_one_sentence(
+    source: Path, tmp_path: Path, output: str
+) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(GemmaError, match="cannot be written"):
+        quantize(open_checkpoint(source), tmp_path / output, bits=4)
+
+
+# What a failure leaves
+
+
+class Faults:
+    """Makes the n-th of all writes, fsyncs and renames fail, and counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail_at, self.calls = -1, 0
+        real_open, faults = builtins.open, self
+
+        class FaultyFile(io.FileIO):
+            def write(self, data: Any) -> int:
+                faults.call()
+                return super().write(data)
+
+        def faulty_open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if str(file).endswith(".partial"):
+                return FaultyFile(file, mode)
+            return real_open(file, mode, *args, **kwargs)
+
+        def faulty(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                faults.call()
+                return function(*args)
+
+            return call
+
+        monkeypatch.setattr("quantize.modelfile.open", faulty_open, raising=False)
+        monkeypatch.setattr(os, "fsync", faulty(os.fsync))
+        monkeypatch.setattr(os, "replace", faulty(os.replace))
+
+    def call(self) -> None:
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_after_any_failing_call_the_target_is_absent_old_or_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes | None
+) -> None:
+    folder = tmp_path / "models"
+    output = folder / "a.safetensors"
+    checkpoint = open_checkpoint(source)
+    whole = quantize(checkpoint, output, bits=4).sha256
+    faults = Faults(monkeypatch)
+    assert quantize(checkpoint, output, bits=4, force=True).sha256 == whole
+    n_calls = faults.calls
+    assert n_calls > 2 * len(checkpoint.tensors)  # a write each and one that fills it up
+    for fail_at in range(1, n_calls + 1):
+        output.unlink(missing_ok=True)
+        if old is not None:
+            output.write_bytes(old)
+        faults.calls, faults.fail_at = 0, fail_at
+        with pytest.raises(GemmaError, match=f"{output} cannot be written .No space left"):
+            quantize(checkpoint, output, bits=4, force=True)
+        assert not partials(tmp_path)
+        if fail_at < n_calls:
+            assert (output.read_bytes() if output.exists() else None) == old
+    # The last call makes the rename itself last, which has been done by then.
+    assert hashlib.sha256(output.read_bytes()).hexdigest() == whole
+
+
+def test_an_interrupted_conversion_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.bytes_done > progress.bytes // 2:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "models"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(open_checkpoint(source), folder / "a", bits=4, progress=interrupt)
+    assert not list(folder.iterdir())
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+from quantize.checkpoint import open_checkpoint
+from quantize.pipeline import quantize
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+print("ready", flush=True)
+while True:
+    quantize(checkpoint, Path(sys.argv[2]), bits=4, force=True)
+"""
+
+
+def test_killed_at_any_time_the_target_is_whole(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "models" / "a.safetensors"
+    checkpoint = open_checkpoint(source)
+    whole = quantize(checkpoint, output, bits=4).sha256
+    delays = np.random.default_rng(0).uniform(0, 0.05, 12)
+    for delay in delays:
+        with subprocess.Popen(
+            [sys.executable, "-c", CONVERT, source, output], stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        assert hashlib.sha256(output.read_bytes()).hexdigest() == whole
+    quantize(checkpoint, output, bits=4, force=True)
+    assert list(output.parent.iterdir()) == [output]
