@@ -290,8 +290,10 @@ class ModelFile(Description):
             raise ValueError("it has no tokenizer")
 
         layout = _layout(config, tokenizer_bytes, matrices)
-        for name in [*layout, *header]:
-            if header.get(name) != layout.get(name):
+        if differing := sorted(layout.keys() ^ header.keys()):
+            raise ValueError(f"tensor {differing[0]!r} is missing or superfluous")
+        for name, entry in layout.items():
+            if header[name] != entry:
                 raise ValueError(f"tensor {name!r} does not lie where it should")
         sha256 = stated("sha256")
         if sha256.keys() != layout.keys() or not all(map(_is_sha256, sha256.values())):
@@ -306,11 +308,11 @@ class ModelFile(Description):
             start, stop = layout[name]["data_offsets"]
             return mapped[data_start + start : data_start + stop]
 
-        limits = {name: name for name in ("temperature", "top_k", "top_p")}
+        sampling_keys = {name: name for name in ("temperature", "top_k", "top_p")}
         return cls(
             config=config,
             chat=texts["chat"],
-            sampling=sampling_defaults(Fields(stated("sampling"), str(path)), limits),
+            sampling=sampling_defaults(Fields(stated("sampling"), str(path)), sampling_keys),
             recipe=texts["recipe"],
             source=texts["source"],
             tokenizer_model=view("tokenizer")[:tokenizer_bytes].tobytes(),

@@ -112,8 +112,10 @@ def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     Values are finite and stay so: those beyond bfloat16's largest become that.
     """
     bits = np.clip(values, -LARGEST_BFLOAT16, LARGEST_BFLOAT16).view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+    bits += (bits >> np.uint32(16)) & np.uint32(1)
+    bits += np.uint32(0x7FFF)
+    bits >>= np.uint32(16)
+    return bits.astype(np.uint16)
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -305,6 +305,7 @@ DAMAGE: dict[str, Callable[[Json], object]] = {
     "no norm": lambda header: header.pop(NORM),
     "no matrix": lambda header: header.pop(INT4),
     "another tensor": lambda header: header.update(x=header[NORM]),
+    "a tensor that is null": lambda header: header.update(x=None),
     "an empty tensor": lambda header: header.update(
         x={"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
     ),
