@@ -44,6 +44,9 @@ def addresses(matrices: Sequence[twins.Matrix], codebooks: NDArray[np.uint8]) ->
 
 
 def on_threads(n_threads: int, work: Callable[[int], None]) -> None:
+    if n_threads == 1:
+        work(0)
+        return
     with ThreadPoolExecutor(n_threads) as pool:
         list(pool.map(work, range(n_threads)))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import reference
 from numpy.typing import NDArray
 
 from quantize import packing
@@ -111,15 +112,14 @@ def attention(
     """
     n, n_heads, _ = q.shape
     out, magnitudes = np.empty_like(q), np.empty((n, n_heads))
-    for t in range(n):
-        first = max(0, t - window + 1) if window else 0
-        for h in range(n_heads):
-            kv = h // (n_heads // k.shape[1])
-            keys = k[first : t + 1, kv]
-            scores = keys @ q[t, h]
-            magnitudes[t, h] = (np.abs(keys) @ np.abs(q[t, h])).max()
-            if cap:
-                scores = cap * np.tanh(scores / cap)
-            weights = np.exp(scores - scores.max())
-            out[t, h] = weights @ v[first : t + 1, kv] / weights.sum()
+    seen = reference.visible(n, window)
+    for h in range(n_heads):
+        kv = h // (n_heads // k.shape[1])
+        scores = q[:, h] @ k[:, kv].T
+        magnitudes[:, h] = (np.abs(q[:, h]) @ np.abs(k[:, kv]).T).max(-1, where=seen, initial=0)
+        if cap:
+            scores = cap * np.tanh(scores / cap)
+        scores[~seen] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, h] = weights @ v[:, kv] / weights.sum(-1, keepdims=True)
     return out, magnitudes

@@ -1,0 +1,153 @@
+"""The choice of instructions, and the kernels on each instruction set.
+
+Sets that this machine has run all of `test_kernels.py`, in a process each. Those that it lacks run
+their integer products, the only code that is written for each set, with the instructions spelled
+out in plain ones (`lowered.py`), and their assembly must hold the instructions that they are for.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma_cli.runtime import isa
+from quantize.errors import GemmaError
+
+TESTS = Path(__file__).parent
+MACHINE_SETS = isa.supported(isa._features())
+
+X86 = ("avx2", "fma", "f16c")
+VNNI512 = ("avx512vnni", "avx512bw", "avx512vl")
+
+
+def run_python(home: Path, *arguments: str, **environment: str) -> str:
+    """What a Python process of its own writes; its kernels are cached below `home`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("GEMMA_CLI_", "NUMBA_"))
+    }
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**kept, "PYTHONPATH": path, "GEMMA_CLI_HOME": str(home), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ((), ["plain"]),
+        (("avx2",), ["plain"]),  # no CPU is like that, but a virtual machine can be
+        (X86, ["avx2", "plain"]),
+        ((*X86, "avx512vnni"), ["avx2", "plain"]),
+        ((*X86, "avxvnni"), ["avxvnni", "avx2", "plain"]),
+        ((*X86, *VNNI512), ["avx512vnni", "avx2", "plain"]),
+        ((*X86, *VNNI512, "avxvnni"), ["avx512vnni", "avxvnni", "avx2", "plain"]),
+        (("neon",), ["plain"]),
+        (("neon", "dotprod"), ["neon", "plain"]),
+    ],
+)
+def test_supported_sets_best_first(features: tuple[str, ...], expected: list[str]) -> None:
+    assert isa.supported(dict.fromkeys(features, True)) == expected
+    every = {*X86, *VNNI512, "avxvnni", "neon", "dotprod"}
+    absent = dict.fromkeys(every.difference(features), False)
+    assert isa.supported({**absent, **dict.fromkeys(features, True)}) == expected
+
+
+def test_the_best_set_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GEMMA_CLI_ISA", raising=False)
+    assert isa._choose() == MACHINE_SETS[0]
+
+
+@pytest.mark.parametrize("forced", ["avx1024", "neon" if isa.MACHINE == "x86" else "avx2"])
+def test_a_set_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, forced: str) -> None:
+    monkeypatch.setenv("GEMMA_CLI_ISA", forced)
+    with pytest.raises(GemmaError, match=f"'{forced}'.* it runs .*plain"):
+        isa._choose()
+
+
+@pytest.mark.parametrize("name", [name for name in MACHINE_SETS if name != isa.NAME])
+def test_kernels_on_the_other_sets_of_this_machine(name: str, tmp_path: Path) -> None:
+    # The plugin is loaded before any test imports Numba, which then keeps to the set, too.
+    pytest_options = ("-p", "gemma_cli.runtime.isa", "-p", "no:cacheprovider", "-x")
+    run_python(
+        tmp_path,
+        "-m",
+        "pytest",
+        *pytest_options,
+        str(TESTS / "test_kernels.py"),
+        GEMMA_CLI_ISA=name,
+    )
+
+
+def test_kernels_stay_within_their_arrays(tmp_path: Path) -> None:
+    """Numba's own checks of every index; not of addresses, which test_kernels.py surrounds."""
+    run_python(
+        tmp_path,
+        "-m",
+        "pytest",
+        "-x",
+        *("-p", "no:cacheprovider"),
+        str(TESTS / "test_kernels.py"),
+        NUMBA_BOUNDSCHECK="1",
+        GEMMA_CLI_ISA=isa.NAME,
+    )
+
+
+PRINT_ASSEMBLY = """
+from gemma_cli.runtime import layers
+import numpy as np
+x = np.ones(16, np.float32)
+layers.geglu(x, x, x)
+print(*layers.geglu.inspect_asm().values())
+"""
+REGISTERS = {
+    "avx512vnni": {"xmm", "ymm", "zmm"},
+    "avxvnni": {"xmm", "ymm"},
+    "avx2": {"xmm", "ymm"},
+    "neon": set(),
+    "plain": {"xmm"},
+}
+"""Of x86, what code for each set may use."""
+
+
+@pytest.mark.parametrize("name", MACHINE_SETS)
+def test_numba_keeps_to_the_set(name: str, tmp_path: Path) -> None:
+    """A forced set holds for the code around the integer products, too."""
+    assembly = run_python(tmp_path, "-c", PRINT_ASSEMBLY, GEMMA_CLI_ISA=name)
+    assert "geglu" in assembly
+    assert set(re.findall(r"%([xyz]mm)", assembly)) <= REGISTERS[name]
+
+
+KINDS = ("int4", "codebook", "int8")
+INSTRUCTIONS = {  # of the products, and of a codebook's lookup
+    "avx512vnni": (r"\svpdpbusd\s.*%zmm", r"\svpshufb\s.*%zmm"),
+    "avxvnni": (r"\{vex\}\s+vpdpbusd\s.*%ymm", r"\svpshufb\s.*%ymm"),
+    "avx2": (r"\svpmaddubsw\s.*%ymm", r"\svpshufb\s.*%ymm"),
+    "neon": (r"\ssdot\s+v\d+\.4s, v\d+\.16b", r"\stbl\s+v\d+\.16b"),
+    "plain": (r"\spm(ul|add)\w+\s.*%xmm", r"\spand\w*\s.*%xmm"),
+}
+
+
+@pytest.mark.parametrize("name", isa.NAMES)
+def test_integer_products_of_every_set(name: str, tmp_path: Path) -> None:
+    """Exact (which lowered.py asserts), and by the instructions that the set is named for."""
+    output = run_python(tmp_path, str(TESTS / "lowered.py"), name)
+    parts = re.split(r"^# (\w+)\n", output, flags=re.MULTILINE)[1:]
+    assembly = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert tuple(assembly) == KINDS
+    product, lookup = INSTRUCTIONS[name]
+    for code in assembly.values():
+        assert re.search(product, code)
+        # What LLVM has no instruction for on this CPU would be a call.
+        assert not re.search(r"^\s+(callq?|bl)\s", code, re.MULTILINE)
+    assert re.search(lookup, assembly["codebook"])
