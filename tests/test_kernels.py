@@ -52,28 +52,53 @@ def on_threads(n_threads: int, work: Callable[[int], None]) -> None:
 
 
 @njit
-def quantize_rows(x, codes, scales, sums):
+def quantize_rows(n_in, x, codes, scales, sums):
     for t in range(len(x)):
-        matmul.quantize_row(x[t], codes[t], scales[t], sums[t])
+        runs = slice(0, n_in // 32)
+        matmul.quantize_row(x[t, :n_in], codes[t, :n_in], scales[t, runs], sums[t, runs])
 
 
 @njit(nogil=True)
-def run_matmul(counters, thread, n_threads, matrices, x, codes, scales, sums, y):
-    items = matmul.n_items(matrices, n_threads)
-    matmul.matmul(counters, 0, items, thread, matrices, x, codes, scales, sums, y, n_threads)
+def run_matmul(counters, thread, n_threads, matrices, n_in, x, codes, scales, sums, y):
+    items, runs = matmul.n_items(matrices, n_threads), slice(0, n_in // 32)
+    matmul.matmul(
+        counters,
+        0,
+        items,
+        thread,
+        matrices,
+        x[:, :n_in],
+        codes[:, :n_in],
+        scales[:, runs],
+        sums[:, runs],
+        y,
+        n_threads,
+    )
 
 
-def strided(n_rows: int, width: int, dtype: Any) -> NDArray[Any]:
-    """Rows that are further apart than they are long, as those of the scratch memory are."""
-    return np.empty((n_rows, width + 96), dtype)[:, :width]
+class Inputs:
+    """A matrix's inputs, in rows that are further apart than they are long."""
 
+    def __init__(self, x: Float32) -> None:
+        n, self.n_in = x.shape
+        self.x = np.full((n, self.n_in + 96), np.nan, np.float32)
+        self.x[:, : self.n_in] = x
+        self.codes = np.full(self.x.shape, 99, np.int8)
+        self.scales = np.full((n, self.n_in // 32 + 5), np.nan, np.float32)
+        self.sums = np.full(self.scales.shape, 99, np.int32)
+        quantize_rows(self.n_in, *self.arrays)
 
-def quantized(x: Float32) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
-    n, runs = len(x), x.shape[1] // 32
-    codes = strided(n, x.shape[1], np.int8)
-    scales, sums = strided(n, runs, np.float32), strided(n, runs, np.int32)
-    quantize_rows(x, codes, scales, sums)
-    return codes, scales, sums
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        return self.x, self.codes, self.scales, self.sums
+
+    def rounded(self) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
+        """Codes, scales and sums, after a look at what lies beyond them."""
+        n_runs = self.n_in // 32
+        assert (self.codes[:, self.n_in :] == 99).all()
+        assert np.isnan(self.scales[:, n_runs:]).all()
+        assert (self.sums[:, n_runs:] == 99).all()
+        return self.codes[:, : self.n_in], self.scales[:, :n_runs], self.sums[:, :n_runs]
 
 
 def multiply(matrices: Sequence[twins.Matrix], x: Float32, n_threads: int = 1) -> Float32:
@@ -81,17 +106,17 @@ def multiply(matrices: Sequence[twins.Matrix], x: Float32, n_threads: int = 1) -
     codebooks = np.empty((len(matrices), 16), np.uint8)
     table = addresses(matrices, codebooks)
     width = sum(m.n_columns for m in matrices)
-    y = np.full((len(x) + 1, width + 32), np.nan, np.float32)
-    rows, out = strided(*x.shape, np.float32), y[: len(x), : width + 16]
-    rows[:] = x
-    counters, inputs = team.counters(1), quantized(rows)
+    y = np.full((len(x) + 1, width + 16), np.nan, np.float32)
+    counters, inputs = team.counters(1), Inputs(x)
     on_threads(
         n_threads,
-        lambda thread: run_matmul(counters, thread, n_threads, table, rows, *inputs, out),
+        lambda thread: run_matmul(
+            counters, thread, n_threads, table, inputs.n_in, *inputs.arrays, y[: len(x)]
+        ),
     )
     assert np.isnan(y[:, width:]).all()
     assert np.isnan(y[len(x) :]).all()
-    return out[:, :width]
+    return y[: len(x), :width]
 
 
 def random_inputs(rng: np.random.Generator, n_tokens: int, n_in: int) -> Float32:
@@ -164,13 +189,13 @@ def test_inputs_are_rounded_as_the_twin_rounds_them() -> None:
         x[row, 32:64] = np.float32(extreme)
         x[row, 64:96] = 0
         x[row, 95] = np.float32(extreme)
-    for actual, expected in zip(quantized(x), twins.quantize_row(x), strict=True):
+    for actual, expected in zip(Inputs(x).rounded(), twins.quantize_row(x), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
 def test_rounded_inputs_are_near() -> None:
     x = random_inputs(np.random.default_rng(2), 50, 256)
-    codes, scales, sums = quantized(x)
+    codes, scales, sums = Inputs(x).rounded()
     step = np.repeat(scales, 32, axis=1)
     # Half a step, and the roundings of 127 / largest, of the product and of the scale: codes up
     # to 127 move by 3 x 127 x 2^-24 steps.
@@ -182,7 +207,7 @@ def test_rounded_inputs_are_near() -> None:
 def test_ties_go_to_the_even_code() -> None:
     x = np.zeros((1, 32), np.float32)
     x[0, :5] = 127, 0.5, 1.5, -0.5, -2.5
-    codes, scales, _ = quantized(x)
+    codes, scales, _ = Inputs(x).rounded()
     assert scales[0, 0] == 1
     np.testing.assert_array_equal(codes[0, :5], [127, 0, 2, 0, -2])
 
