@@ -13,14 +13,14 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
     def push(self, token: int) -> str:
-        """Return the text that is certain now; U+FFFD for bytes that can become none."""
+        """Return the text that is certain now; bytes that can become none are surrogates."""
         return self._utf8.decode(self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:
-        """Return what is held back, as U+FFFD, and start afresh."""
+        """Return what is held back, as surrogates, and start afresh."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text

@@ -56,8 +56,12 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; control pieces have none, invalid UTF-8 becomes U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        """Return the text of `ids`; control pieces have none.
+
+        Bytes that are not UTF-8 become surrogates, as `surrogateescape` writes them: encoded the
+        same way, the text is the model's own bytes.
+        """
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "surrogateescape")
 
     def token_bytes(self, token: int) -> bytes:
         """Return what a token adds to the text; b"" for control pieces."""
