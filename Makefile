@@ -9,7 +9,7 @@ TEST_HOME := $(CURDIR)/.venv/test-home
 .PHONY: demo test lint format clean
 
 demo: .venv/installed-demo
-	@$(BIN)/gemma-cli models | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
+	@$(BIN)/gemma-cli models 2>/dev/null | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
 	@echo
 	@echo '$$ gemma-cli run -m $(DEMO_MODEL) -n 40 -t 0 "The capital of France is"'
 	@$(BIN)/gemma-cli run -m $(DEMO_MODEL) -n 40 -t 0 "The capital of France is"
