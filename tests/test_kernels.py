@@ -706,11 +706,17 @@ def count(item, thread, hits):
     hits[item] += 1
 
 
+PRIME, STEPS = 65537, 3000
+
+
 @team.stage
 def spread(item, thread, source, target):
-    """Reads what other threads have written in the stage before."""
-    n = source.size
-    target[item] = source[(item * 7 + 3) % n] + source[(item * 5 + 1) % n] % 1000
+    """Reads what another thread may have written in the stage before; the first item is slow."""
+    value = source[(item * 7 + 3) % source.size]
+    if item == 0:
+        for _ in range(STEPS):
+            value = value * 5 % PRIME
+    target[item] = (value + item) % PRIME
 
 
 @njit(nogil=True)
@@ -754,13 +760,13 @@ def test_a_stage_without_items() -> None:
 def test_stages_see_what_the_stages_before_have_written() -> None:
     """Hundreds of stages of small items, also with a thread that comes when others are ahead."""
     n_stages, width = 300, 37
-    expected = np.zeros((n_stages + 1, width), np.int64)
-    expected[0] = np.arange(width)
     items = np.arange(width)
+    expected = np.zeros((n_stages + 1, width), np.int64)
+    expected[0] = items
     for row in range(n_stages):
-        before = expected[row]
-        second = before[(items * 5 + 1) % width] % 1000
-        expected[row + 1] = before[(items * 7 + 3) % width] + second
+        values = expected[row, (items * 7 + 3) % width]
+        values[0] = values[0] * pow(5, STEPS, PRIME) % PRIME
+        expected[row + 1] = (values + items) % PRIME
     for late in (0.0, 0.001):
         values = np.zeros_like(expected)
         values[0] = expected[0]
