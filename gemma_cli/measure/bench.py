@@ -5,20 +5,20 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from gemma_cli.runtime import Model
 
 BUFFER_BYTES = 512 << 20  # several times any desktop CPU's cache
-STRIPE = 1 << 16  # int64 values that one thread reads in a row: 512 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,36 +96,31 @@ def read_bandwidth(n_threads: int, repeat: int = 3) -> float:
     The buffer is written first: pages that were never written are all one page of zeros.
     """
     buffer = np.ones(BUFFER_BYTES // 8, dtype=np.int64)
-    before = numba.get_num_threads()
-    numba.set_num_threads(n_threads)
-    try:
-        sum_stripes(buffer)  # compiled here
-        seconds = []
+    parts = np.array_split(buffer, n_threads)
+    total(parts[0][:8])  # compiled here
+    seconds = []
+    with ThreadPoolExecutor(n_threads) as pool:
         for _ in range(repeat):
             started = perf_counter()
-            total = sum_stripes(buffer)
+            read = sum(pool.map(total, parts))
             seconds.append(perf_counter() - started)
-            assert total == buffer.size
-    finally:
-        numba.set_num_threads(before)
+            assert read == buffer.size
     return buffer.nbytes / statistics.median(seconds) / 1e9
 
 
-@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
-def sum_stripes(buffer: NDArray[np.int64]) -> int:
-    total = 0
-    for stripe in numba.prange(len(buffer) // STRIPE):
-        part = buffer[stripe * STRIPE : (stripe + 1) * STRIPE]
-        # Four sums in a row: one chain of additions would wait for itself, not for memory.
-        a = b = c = d = 0
-        quarter = STRIPE // 4
-        for i in range(quarter):
-            a += part[i]
-            b += part[i + quarter]
-            c += part[i + 2 * quarter]
-            d += part[i + 3 * quarter]
-        total += a + b + c + d
-    return total
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def total(values: NDArray[np.int64]) -> int:
+    """Their sum; four sums in a row, since one chain of additions would wait for itself."""
+    a = b = c = d = 0
+    quarter = len(values) // 4
+    for i in range(quarter):
+        a += values[i]
+        b += values[i + quarter]
+        c += values[i + 2 * quarter]
+        d += values[i + 3 * quarter]
+    for i in range(4 * quarter, len(values)):
+        a += values[i]
+    return a + b + c + d
 
 
 def resident_mb() -> float:

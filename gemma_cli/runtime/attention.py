@@ -77,7 +77,7 @@ def store_head(values, n_heads, head, slot, is_int8, data, scales):
         largest = np.float32(0)
         for i in range(0, 4 * head_dim, 64):
             largest = max(largest, horizontal_max(absolute(load_f32(source + i))))
-        inverse = splat(127 / largest if largest > 0 else 0.0)
+        inverse = splat(127 / largest if largest > 1e-30 else 0.0)
         for i in range(0, head_dim, 16):
             store_i8(data + index * head_dim + i, load_f32(source + 4 * i) * inverse)
         store_scalar(scales + 4 * index, largest / 127)
