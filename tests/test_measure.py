@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gemma_cli.measure import bench
 from gemma_cli.measure.quality import CHUNK, FIRST, chunks, measure_quality
+from gemma_cli.runtime import bandwidth
 
 VOCAB = 50
 BOS = 2
@@ -172,14 +173,16 @@ def test_speed_runs_what_it_says(monkeypatch: pytest.MonkeyPatch, depth: int) ->
 
 
 def test_bandwidth_reads_every_value_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.arange(4 * bench.STRIPE, dtype=np.int64)
-    assert bench.sum_stripes(values) == values.sum()
+    for n in (0, 3, 4, 4099):
+        values = np.arange(n, dtype=np.int64) ** 2
+        assert bandwidth.total(values) == values.sum()
 
     # The time of a sum is known: half a second for each, by a clock that ticks so.
     ticks = iter(np.arange(100) / 2)
-    monkeypatch.setattr(bench, "perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setattr(bench, "BUFFER_BYTES", 8 * 4 * bench.STRIPE)
-    assert bench.read_bandwidth(n_threads=1) == pytest.approx(8 * 4 * bench.STRIPE / 0.5 / 1e9)
+    monkeypatch.setattr(bandwidth, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 800_000)
+    for n_threads in (1, 3):
+        assert bandwidth.read_bandwidth(n_threads) == pytest.approx(800_000 / 0.5 / 1e9)
 
 
 def test_resident_memory_follows_what_is_written() -> None:

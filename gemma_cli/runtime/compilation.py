@@ -16,7 +16,7 @@ from gemma_cli.models import cache_folder
 from gemma_cli.runtime import isa
 
 
-def kernels_folder() -> Path:
+def _folder() -> Path:
     """The folder of this machine's kernels, of these very sources."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
@@ -27,6 +27,10 @@ def kernels_folder() -> Path:
     return cache_folder() / "kernels" / digest.hexdigest()[:16]
 
 
+FOLDER = _folder()
+"""Where this process looks for its kernels and keeps them."""
+
+
 def needs_compiling() -> bool:
     """Whether the next use of the runtime compiles its kernels, for half a minute at most."""
-    return not any(kernels_folder().glob("**/*.nbi"))
+    return not any(FOLDER.glob("**/*.nbi"))
