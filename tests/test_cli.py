@@ -20,8 +20,7 @@ import reference
 
 from gemma_cli.cli import output
 from gemma_cli.cli.main import execute
-from gemma_cli.runtime import Model
-from gemma_cli.runtime.compilation import cache_folder
+from gemma_cli.runtime import Model, compilation
 from gemma_cli.text.chat import Turn, chat_prompt, raw_prompt
 from gemma_cli.text.tokenizer import Tokenizer
 from quantize.checkpoint import open_checkpoint
@@ -52,8 +51,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `$GEMMA_CLI_HOME` with two models: `base`, and `chat` with a long context."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "cache").mkdir()
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    (folder / "cache" / "kernels").symlink_to(cache_folder().parent)  # compiled once for all
+    (folder / "cache" / "kernels").symlink_to(compilation.FOLDER.parent)  # compiled once for all
     base = GOLDEN / "gemma-mha"
     quantize(open_checkpoint(base), folder / "models" / "base.safetensors", bits=32)
     chat = folder / "checkpoint"
