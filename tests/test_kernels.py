@@ -16,7 +16,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemma_cli.runtime import attention, layers, matmul, team, vector
-from gemma_cli.runtime.forward import embed
+from gemma_cli.runtime.embedding import embed
 from quantize import packing
 from quantize.grouping import LINEAR_LEVELS, round_int4, round_int8
 from quantize.pipeline import IQ4_NL_LEVELS

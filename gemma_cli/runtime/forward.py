@@ -16,20 +16,11 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemma_cli.runtime import attention, kv_cache, matmul
+from gemma_cli.runtime.embedding import embed
 from gemma_cli.runtime.layers import add, geglu, rms_norm, rotary_angles, rotate, soft_cap
-from gemma_cli.runtime.matmul import (
-    ADDRESS,
-    BF16,
-    CODEBOOK,
-    F32,
-    FORMAT,
-    GROUP_SIZE,
-    INT8,
-    quantize_row,
-    tile_bytes,
-)
+from gemma_cli.runtime.matmul import quantize_row
 from gemma_cli.runtime.team import stage
-from gemma_cli.runtime.vector import address_of, load_byte, load_f32, load_scalar, store_f32
+from gemma_cli.runtime.vector import address_of, load_f32, store_f32
 
 # Rows of the table of matrices: these seven for every layer, then the embedding.
 Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
@@ -90,50 +81,6 @@ class Scratch(NamedTuple):
 
 STAGES = 10  # of a layer
 GATE_PART = 2048  # outputs of GeGLU that one thread computes at once
-
-
-@njit
-def _weight(table, row, column, stride):
-    """Element (row, column) of a matrix of the table; `stride` is its tile_bytes."""
-    tile, r = table[ADDRESS] + row // 16 * stride, row % 16
-    fmt = table[FORMAT]
-    if fmt == F32:
-        return load_scalar(tile + 64 * column + 4 * r)
-    if fmt == BF16:
-        bits = (
-            load_byte(tile + 32 * column + 2 * r) | load_byte(tile + 32 * column + 2 * r + 1) << 8
-        )
-        return np.uint32(bits << 16).view(np.float32)
-    group, within = column // table[GROUP_SIZE], column % table[GROUP_SIZE]
-    run, i = within // 32, within % 32
-    wide = 512 if fmt == INT8 else 256
-    block = tile + group * (32 + table[GROUP_SIZE] // 32 * wide)
-    scale = np.uint16(load_byte(block + 2 * r) | load_byte(block + 2 * r + 1) << 8)
-    body = block + 32 + run * wide
-    if fmt == INT8:
-        code = load_byte(body + 64 * (i // 4) + 4 * r + i % 4) - 128
-    else:
-        byte = load_byte(body + 64 * (i % 16 // 4) + 4 * r + i % 4)
-        code = load_byte(table[CODEBOOK] + (byte & 15 if i < 16 else byte >> 4)) - 128
-    return np.float32(code) * _half(scale)
-
-
-@njit
-def _half(bits):
-    """The value of a float16 given as its bits."""
-    fraction, exponent = np.float32(bits & 0x3FF), np.int64(bits >> 10 & 0x1F)
-    sign = np.float32(-1.0 if bits & 0x8000 else 1.0)
-    if exponent == 0:
-        return sign * fraction * np.float32(2.0**-24)
-    return sign * (fraction + np.float32(1024)) * np.float32(2.0 ** (exponent - 25))
-
-
-@njit
-def embed(table, token, factor, x):
-    """x = the token's row of the embedding, times factor; x: float32 (hidden_size,)."""
-    stride = tile_bytes(table)
-    for i in range(x.size):
-        x[i] = _weight(table, token, i, stride) * factor
 
 
 # The stages. Each does one item of its work: a token, a part of one, or some tiles of a matrix.

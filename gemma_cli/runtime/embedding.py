@@ -1,0 +1,63 @@
+"""Single weights out of a matrix's tiles: the embedding, which is read a row at a time.
+
+The layout is quantize.packing's; matrices are rows of matmul's table.
+"""
+
+import numpy as np
+from numba import njit
+
+from gemma_cli.runtime.matmul import (
+    ADDRESS,
+    BF16,
+    CODEBOOK,
+    F32,
+    FORMAT,
+    GROUP_SIZE,
+    INT8,
+    tile_bytes,
+)
+from gemma_cli.runtime.vector import load_byte, load_scalar
+
+
+@njit
+def _weight(table, row, column, stride):
+    """Element (row, column) of a matrix of the table; `stride` is its tile_bytes."""
+    tile, r = table[ADDRESS] + row // 16 * stride, row % 16
+    fmt = table[FORMAT]
+    if fmt == F32:
+        return load_scalar(tile + 64 * column + 4 * r)
+    if fmt == BF16:
+        bits = (
+            load_byte(tile + 32 * column + 2 * r) | load_byte(tile + 32 * column + 2 * r + 1) << 8
+        )
+        return np.uint32(bits << 16).view(np.float32)
+    group, within = column // table[GROUP_SIZE], column % table[GROUP_SIZE]
+    run, i = within // 32, within % 32
+    wide = 512 if fmt == INT8 else 256
+    block = tile + group * (32 + table[GROUP_SIZE] // 32 * wide)
+    scale = np.uint16(load_byte(block + 2 * r) | load_byte(block + 2 * r + 1) << 8)
+    body = block + 32 + run * wide
+    if fmt == INT8:
+        code = load_byte(body + 64 * (i // 4) + 4 * r + i % 4) - 128
+    else:
+        byte = load_byte(body + 64 * (i % 16 // 4) + 4 * r + i % 4)
+        code = load_byte(table[CODEBOOK] + (byte & 15 if i < 16 else byte >> 4)) - 128
+    return np.float32(code) * _half(scale)
+
+
+@njit
+def _half(bits):
+    """The value of a float16 given as its bits."""
+    fraction, exponent = np.float32(bits & 0x3FF), np.int64(bits >> 10 & 0x1F)
+    sign = np.float32(-1.0 if bits & 0x8000 else 1.0)
+    if exponent == 0:
+        return sign * fraction * np.float32(2.0**-24)
+    return sign * (fraction + np.float32(1024)) * np.float32(2.0 ** (exponent - 25))
+
+
+@njit
+def embed(table, token, factor, x):
+    """x = the token's row of the embedding, times factor; x: float32 (hidden_size,)."""
+    stride = tile_bytes(table)
+    for i in range(x.size):
+        x[i] = _weight(table, token, i, stride) * factor
