@@ -43,6 +43,16 @@ def addresses(matrices: Sequence[twins.Matrix], codebooks: NDArray[np.uint8]) ->
     return np.array(rows, np.int64)
 
 
+def from_python(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel, which only compiled code can call, for Python."""
+
+    @njit
+    def call(*args):
+        return kernel(*args)
+
+    return call
+
+
 def on_threads(n_threads: int, work: Callable[[int], None]) -> None:
     if n_threads == 1:
         work(0)
@@ -316,7 +326,7 @@ def test_tiles_have_the_size_that_packing_gives_them(
 ) -> None:
     m = random_matrix(np.random.default_rng(9), fmt, 16, 256, group_size, codebook)
     table = addresses([m], np.empty((1, 16), np.uint8))
-    assert matmul.tile_bytes(table[0]) == packing.tile_bytes(fmt, 256, group_size)
+    assert from_python(matmul.tile_bytes)(table[0]) == packing.tile_bytes(fmt, 256, group_size)
 
 
 @njit
@@ -594,7 +604,7 @@ def test_rms_norm_of_zeros() -> None:
 def test_add() -> None:
     x, y = np.random.default_rng(17).standard_normal((2, 48)).astype(np.float32)
     total = x + y
-    layers.add(x, y)
+    from_python(layers.add)(x, y)
     np.testing.assert_array_equal(x, total)
 
 
@@ -602,7 +612,7 @@ def test_add() -> None:
 @pytest.mark.parametrize("position", [0, 1, 511, 131071])
 def test_rotary_angles(position: int, base: float, scale: float) -> None:
     cos, sin = np.empty((2, 128), np.float32)
-    layers.rotary_angles(position, base, scale, cos, sin)
+    from_python(layers.rotary_angles)(position, base, scale, cos, sin)
     angles = position / scale * base ** (-np.arange(128) / 128)
     # Computed in float64 and rounded once, by 2^-25 at most; 131,072 radians cost 1e-11 besides.
     np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=2.0**-25 + 1e-10)
@@ -614,7 +624,9 @@ def test_rotate_turns_pairs_of_the_halves() -> None:
     x = rng.standard_normal(64).astype(np.float32)
     angles = rng.uniform(-np.pi, np.pi, 32)
     turned = (x[:32] + 1j * x[32:]) * np.exp(1j * angles) * 0.25
-    layers.rotate(x, np.cos(angles).astype("f4"), np.sin(angles).astype("f4"), np.float32(0.25))
+    from_python(layers.rotate)(
+        x, np.cos(angles).astype("f4"), np.sin(angles).astype("f4"), np.float32(0.25)
+    )
     # Two products, of a rounded cosine and sine each, and their sum: values up to 4 x 0.25.
     np.testing.assert_allclose(x[:32], turned.real, rtol=0, atol=6 * twins.EPSILON)
     np.testing.assert_allclose(x[32:], turned.imag, rtol=0, atol=6 * twins.EPSILON)
@@ -625,7 +637,7 @@ def test_geglu() -> None:
     gate[:4] = -1e30, 1e30, -1e18, 1e18
     up = np.random.default_rng(19).standard_normal(gate.size).astype(np.float32)
     y = np.empty_like(gate)
-    layers.geglu(gate, up, y)
+    from_python(layers.geglu)(gate, up, y)
     g = gate.astype(np.float64)
     u = np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)
     gelu = g / (1 + np.exp(np.clip(-2 * u, -700, 700)))  # = g / 2 (1 + tanh(u))
@@ -640,7 +652,7 @@ def test_soft_cap() -> None:
     x = np.linspace(-400, 400, 1 << 14, dtype=np.float32)
     x[:3] = -1e30, 1e30, 0
     capped = x.copy()
-    layers.soft_cap(capped, 30.0)
+    from_python(layers.soft_cap)(capped, 30.0)
     exact = 30 * np.tanh(x.astype(np.float64) / 30)
     # 1 - 2 / (exp + 1) is a difference of numbers up to 2: relative to the cap, not to the result.
     np.testing.assert_allclose(capped, exact, rtol=0, atol=30 * 8 * twins.EPSILON)

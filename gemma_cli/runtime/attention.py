@@ -12,9 +12,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import CAPACITY, KEY_SCALES, KEYS, VALUE_SCALES, VALUES
 from gemma_cli.runtime.layers import soft_cap
 from gemma_cli.runtime.team import stage
@@ -64,7 +64,7 @@ def allocate(n_threads: int, head_dim: int) -> Scratch:
     )
 
 
-@njit
+@kernel
 def store_head(values, n_heads, head, slot, is_int8, data, scales):
     """Stores one head's key or value, float32 (head_dim,), in a layer's slot.
 
@@ -86,7 +86,7 @@ def store_head(values, n_heads, head, slot, is_int8, data, scales):
             store_f16(data + 2 * (index * head_dim + i), load_f32(source + 4 * i))
 
 
-@njit
+@kernel
 def _widen(table, data_column, scale_column, head, n_heads, first, last, is_int8, block):
     """Keys or values of positions first to last, float32, into the rows of `block`."""
     head_dim = block.shape[1]
@@ -103,7 +103,7 @@ def _widen(table, data_column, scale_column, head, n_heads, first, last, is_int8
                 store_f32(target + 4 * i, load_f16(data + 2 * (index * head_dim + i)))
 
 
-@njit
+@kernel
 def _score(query, keys, scores):
     """scores[j] = query . keys[j]; four at a time, to keep the multipliers busy."""
     head_dim = query.size
@@ -123,7 +123,7 @@ def _score(query, keys, scores):
         scores[j + 3] = horizontal_sum(d)
 
 
-@njit
+@kernel
 def _weigh(scores, values, decay, total):
     """total = total * decay + sum over j of scores[j] values[j]."""
     head_dim = total.size
@@ -139,7 +139,7 @@ def _weigh(scores, values, decay, total):
         store_f32(target, (a + b) + (c + d))
 
 
-@njit
+@kernel
 def _softmax_block(scores, maximum):
     """Turns scores into exp(score - the new maximum); gives that maximum and their sum."""
     pointer = address_of(scores)
@@ -153,19 +153,19 @@ def _softmax_block(scores, maximum):
     return maximum, horizontal_sum(total)
 
 
-@njit
+@kernel
 def _fill(x, value):
     for i in range(0, 4 * x.size, 64):
         store_f32(address_of(x) + i, splat(value))
 
 
-@njit
+@kernel
 def _block_rows(n_tokens, group, n_threads):
     """Queries in an item: one token's heads are divided among the threads, else whole blocks."""
     return min(ROWS, (n_tokens * group + n_threads - 1) // n_threads)
 
 
-@njit
+@kernel
 def n_items(q, n_kv_heads, n_threads):
     """Into how many items the queries (n_tokens, n_heads, head_dim) of a layer are divided."""
     n_rows = q.shape[0] * (q.shape[1] // n_kv_heads)

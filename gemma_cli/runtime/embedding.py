@@ -4,8 +4,8 @@ The layout is quantize.packing's; matrices are rows of matmul's table.
 """
 
 import numpy as np
-from numba import njit
 
+from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.matmul import (
     ADDRESS,
     BF16,
@@ -19,7 +19,7 @@ from gemma_cli.runtime.matmul import (
 from gemma_cli.runtime.vector import load_byte, load_scalar
 
 
-@njit
+@kernel
 def _weight(table, row, column, stride):
     """Element (row, column) of a matrix of the table; `stride` is its tile_bytes."""
     tile, r = table[ADDRESS] + row // 16 * stride, row % 16
@@ -45,7 +45,7 @@ def _weight(table, row, column, stride):
     return np.float32(code) * _half(scale)
 
 
-@njit
+@kernel
 def _half(bits):
     """The value of a float16 given as its bits."""
     fraction, exponent = np.float32(bits & 0x3FF), np.int64(bits >> 10 & 0x1F)
@@ -55,7 +55,7 @@ def _half(bits):
     return sign * (fraction + np.float32(1024)) * np.float32(2.0 ** (exponent - 25))
 
 
-@njit
+@kernel
 def embed(table, token, factor, x):
     """x = the token's row of the embedding, times factor; x: float32 (hidden_size,)."""
     stride = tile_bytes(table)

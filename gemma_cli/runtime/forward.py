@@ -12,11 +12,11 @@ queries and keys (Gemma 1: arXiv:2403.08295; 2: arXiv:2408.00118; 3: arXiv:2503.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from gemma_cli.runtime import attention, kv_cache, matmul
 from gemma_cli.runtime.embedding import embed
+from gemma_cli.runtime.kernel import entry, kernel
 from gemma_cli.runtime.layers import add, geglu, rms_norm, rotary_angles, rotate, soft_cap
 from gemma_cli.runtime.matmul import quantize_row
 from gemma_cli.runtime.team import stage
@@ -163,7 +163,7 @@ def _cap_token(t, thread, logits, cap):
         soft_cap(logits[t], cap)
 
 
-@njit
+@kernel
 def _inputs(h, n_tokens, n_in):
     """The part of the scratch memory that holds the inputs of a matrix."""
     return Inputs(
@@ -174,7 +174,7 @@ def _inputs(h, n_tokens, n_in):
     )
 
 
-@njit
+@kernel
 def _multiply(counters, row, thread, n_threads, matrices, h, y):
     items = matmul.n_items(matrices, n_threads)
     matmul.matmul(
@@ -197,7 +197,7 @@ def n_stages(n_layers: int) -> int:
     return 1 + STAGES * n_layers + 2
 
 
-@njit(cache=True, nogil=True)
+@entry
 def forward(
     thread, counters, s, weights, cache, is_int8, scratch, tokens, position, logits, n_threads
 ):

@@ -2,8 +2,7 @@
 
 import math
 
-from numba import njit
-
+from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.vector import (
     address_of,
     exp,
@@ -15,7 +14,7 @@ from gemma_cli.runtime.vector import (
 )
 
 
-@njit
+@kernel
 def rms_norm(x, weight, eps, y):
     """y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467).
 
@@ -32,7 +31,7 @@ def rms_norm(x, weight, eps, y):
         store_f32(target + i, load_f32(source + i) * factor * load_f32(weight + i))
 
 
-@njit
+@kernel
 def add(x, y):
     """x += y, float32 (n,), n a multiple of 16."""
     source, target = address_of(y), address_of(x)
@@ -40,7 +39,7 @@ def add(x, y):
         store_f32(target + i, load_f32(target + i) + load_f32(source + i))
 
 
-@njit
+@kernel
 def rotary_angles(position, base, scale, cos, sin):
     """cos and sin of position / scale * base^(-2 i / head_dim), i below head_dim / 2.
 
@@ -52,7 +51,7 @@ def rotary_angles(position, base, scale, cos, sin):
         sin[i] = math.sin(angle)
 
 
-@njit
+@kernel
 def rotate(x, cos, sin, factor):
     """Turns the pairs (x[i], x[i + head_dim / 2]) by their angles and multiplies by factor.
 
@@ -65,7 +64,7 @@ def rotate(x, cos, sin, factor):
         x[i + half] = (b * cos[i] + a * sin[i]) * factor
 
 
-@njit
+@kernel
 def geglu(gate, up, y):
     """y = gelu(gate) * up (Shazeer 2020, arXiv:2002.05202), gelu with its tanh approximation.
 
@@ -81,7 +80,7 @@ def geglu(gate, up, y):
         store_f32(target + i, g / (one + exp(u)) * load_f32(ups + i))
 
 
-@njit
+@kernel
 def soft_cap(x, cap):
     """x = cap tanh(x / cap), tanh(u) = 1 - 2 / (exp(2 u) + 1) (Gemma 2, arXiv:2408.00118).
 

@@ -12,9 +12,8 @@ inputs, so that a group's dot product is an exact integer:
               x_scale[t, s] * sum over i in s of w_code[r, i] x_code[t, i]
 """
 
-from numba import njit
-
 from gemma_cli.runtime import isa
+from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     absolute,
@@ -49,7 +48,7 @@ _AHEAD = 1024  # Bytes from a block to the one that is asked for; DESIGN: reache
 _SCALES = 32  # Bytes of the 16 float16 scales that open a block.
 
 
-@njit
+@kernel
 def quantize_row(x, codes, scales, sums):
     """Rounds one row of inputs to int8, with one scale for 32 of them.
 
@@ -69,7 +68,7 @@ def quantize_row(x, codes, scales, sums):
 def _tile_kernel(n):
     """The kernel of one tile for n tokens: the same code for a single one and for several."""
 
-    @njit
+    @kernel
     def tile(matrix, w, x, x_stride, codes, codes_stride, scales, sums, sums_stride, y, y_stride):
         """Fills y[t, 0:16] for n tokens.
 
@@ -116,7 +115,7 @@ _one_token = _tile_kernel(1)
 _some_tokens = _tile_kernel(TOKENS)
 
 
-@njit
+@kernel
 def tile_bytes(matrix):
     """Bytes of one tile of a matrix of the table; as quantize.packing.tile_bytes."""
     n_in, fmt = matrix[N_IN], matrix[FORMAT]
@@ -128,7 +127,7 @@ def tile_bytes(matrix):
     return n_in // matrix[GROUP_SIZE] * (_SCALES + matrix[GROUP_SIZE] // 32 * run)
 
 
-@njit
+@kernel
 def n_items(matrices, n_threads):
     """Into how many items the tiles of several matrices are divided: enough to balance threads."""
     return min(matrices[:, N_TILES].sum(), 16 * n_threads)

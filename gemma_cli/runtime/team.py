@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from gemma_cli.runtime import isa
+from gemma_cli.runtime.kernel import kernel
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
@@ -93,9 +94,9 @@ def stage(work: Any) -> Any:
     when all n_items are done. counters: int64; their row is zero when the first thread arrives;
     thread: the caller's number, handed on.
     """
-    work = njit(work)
+    work = kernel(work)
 
-    @njit
+    @kernel
     def run(counters, row, n_items, thread, *args):
         item = _increment(counters, row, _CLAIMED)
         while item < n_items:
