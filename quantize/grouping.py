@@ -29,9 +29,14 @@ def _grouped(
 def _nearest(
     groups: NDArray[np.float32], inverse: NDArray[np.float32], lowest: int, highest: int
 ) -> NDArray[np.float32]:
-    """Weights in steps of their group's scale, rounded (ties to even) and clipped."""
+    """Weights in steps of their group's scale, rounded and clipped.
+
+    Ties go up, as in GGML. They matter where the source is a grid itself: in steps of a 4-bit
+    scale, every other weight of a Q5_0 block is a tie.
+    """
     steps = groups * inverse[..., None]
-    np.rint(steps, out=steps)
+    steps += np.float32(0.5)
+    np.floor(steps, out=steps)
     return np.clip(steps, lowest, highest, out=steps)
 
 

@@ -118,3 +118,15 @@ def test_groups_of_zeros_stay_zero_and_leave_others_alone(fmt: str) -> None:
     assert not levels[:, 1].any()
     assert not scales[:, 1].any()
     np.testing.assert_array_equal(levels[:, [0, 2, 3]], alone[:, [0, 2, 3]])
+
+
+def test_ties_go_up_as_in_q4_0() -> None:
+    """A 5-bit grid on a 4-bit scale: every other weight lies halfway between two codes."""
+    rows = np.arange(-16, 16, dtype=np.float32)[None] / 2  # the largest is -8: the scale is 1
+    codes, scales = round_int4(rows, 32)
+    blocks = gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q4_0)
+    assert scales == 1
+    np.testing.assert_array_equal(
+        codes[0].astype(np.float32) - 8,
+        gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_0)[0],
+    )
