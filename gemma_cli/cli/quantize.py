@@ -13,12 +13,11 @@ from gemma_cli import demo
 from gemma_cli.cli import options, output
 from gemma_cli.models import SUFFIX, models_folder
 from quantize.errors import GemmaError
+from quantize.recipe import FORMAT_OF_BITS
 
 if TYPE_CHECKING:
     from quantize.checkpoint import Checkpoint
     from quantize.pipeline import PlannedTensor, Summary
-
-FORMATS = {4: "int4", 8: "int8", 16: "bf16", 32: "f32"}
 
 
 def quantize(
@@ -44,7 +43,7 @@ def quantize(
     bits: Annotated[
         int,
         typer.Option(
-            callback=options.one_of(*FORMATS),
+            callback=options.one_of(*FORMAT_OF_BITS),
             metavar="4|8|16|32",
             help="Bits a weight. 16 (bfloat16) and 32 (float32) are references for eval.",
         ),
@@ -80,7 +79,7 @@ def quantize(
 
     name = demo.NAME if source == "demo" else checkpoint_name(source)
     groups = f"-g{group_size}" if group_size != 32 and bits in {4, 8} else ""
-    path = out or models_folder() / f"{name}-{FORMATS[bits]}{groups}{SUFFIX}"
+    path = out or models_folder() / f"{name}-{FORMAT_OF_BITS[bits]}{groups}{SUFFIX}"
     if source == "demo":
         if out is None and path.exists() and not (force or dry_run):
             report(existing(path), json)
