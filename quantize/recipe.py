@@ -7,8 +7,8 @@ GROUP_SIZES = (32, 64, 128)
 def format_of(name: str, bits: int) -> str:
     """The format of a matrix under the default recipe for `bits` (4, 8, 16 or 32).
 
-    With 4 bits the embedding keeps 8: it is the output head, too, and rounding it to 4 bits costs
-    a small Gemma more than all its layers do (llama.cpp, issue 5650).
+    With 4 bits the embedding keeps 8: it is the output head, too, and in a small Gemma its
+    precision matters (llama.cpp, issue 5650).
     """
     if bits == 4 and name == "embed":
         return "int8"

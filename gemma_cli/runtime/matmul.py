@@ -44,7 +44,7 @@ N_COLUMNS = 6
 TOKENS = 8 if isa.NAME == "avx512vnni" else 4
 """Tokens whose sums are held at once: what fits the vector registers."""
 
-_AHEAD = 1024  # Bytes from a block to the one that is asked for; DESIGN: reaches memory speed.
+_AHEAD = 1024  # Bytes from a block to the one to ask the memory for.
 _SCALES = 32  # Bytes of the 16 float16 scales that open a block.
 
 
