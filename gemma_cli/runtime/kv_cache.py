@@ -28,6 +28,7 @@ class KVCache:
         self.config = config
         self.context = context
         self.kind = kind
+        self.chunk_size = chunk_size
         self.length = 0
         self._capacities = [
             min(context, config.sliding_window + chunk_size) if slides else context
@@ -62,6 +63,13 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return self._data.nbytes + self._scales.nbytes
+
+    def copy(self) -> "KVCache":
+        """A cache of its own with the same tokens in it."""
+        twin = KVCache(self.config, self.context, self.kind, self.chunk_size)
+        twin._data[:], twin._scales[:] = self._data, self._scales
+        twin.length = self.length
+        return twin
 
     def clear(self) -> None:
         self.length = 0

@@ -28,6 +28,9 @@ from quantize.modelfile import MatrixSpec, ModelFile
 CHUNK_SIZE = 128
 """Tokens processed at once: bounds the scratch memory and the time until a signal is seen."""
 
+MOST_ROWS = 16
+"""Tokens whose logits `forward_each` and `decode` give at once: each weight is read once for all."""
+
 Ids = Sequence[int] | NDArray[np.int32]
 
 _FORMATS = {"int8": matmul.INT8, "bf16": matmul.BF16, "f32": matmul.F32}
@@ -161,12 +164,18 @@ class Model:
         return array
 
     def forward(
-        self, ids: Ids, cache: KVCache, progress: Callable[[int], None] | None = None
+        self,
+        ids: Ids,
+        cache: KVCache,
+        *,
+        n_best: int = 0,
+        progress: Callable[[int], None] | None = None,
     ) -> NDArray[np.float32]:
         """Appends ids to the cache -> logits after the last one, float32 (vocab_size,).
 
-        Works in chunks; `progress` is called after each with the number of ids done. Raises
-        ValueError when ids are empty, unknown or more than the cache holds.
+        n_best: how many of the largest logits are wanted; of the others some may then be -inf. 0
+        wants all. Works in chunks; `progress` is called after each with the number of ids done.
+        Raises ValueError when ids are empty, unknown or more than the cache holds.
         """
         array = self._checked(ids, cache)
         nothing = self._logits[:0]
@@ -177,6 +186,24 @@ class Model:
             if progress:
                 progress(done)
         return self._logits[0, : self.config.vocab_size].copy()
+
+    def forward_each(self, ids: Ids, cache: KVCache, *, n_best: int = 0) -> NDArray[np.float32]:
+        """Appends up to MOST_ROWS ids to the cache -> logits after each, (len(ids), vocab_size).
+
+        The same bits as `forward` gives, id by id. Raises ValueError as forward does.
+        """
+        return np.concatenate([block.copy() for block in self.forward_all(ids, cache)])
+
+    def decode(
+        self, ids: Ids, caches: Sequence[KVCache], *, n_best: int = 0
+    ) -> NDArray[np.float32]:
+        """Appends one id to each of up to MOST_ROWS caches -> logits (len(ids), vocab_size).
+
+        The same bits as `forward` gives for each alone. The caches are of one kind and context.
+        Raises ValueError as forward does.
+        """
+        pairs = zip(ids, caches, strict=True)
+        return np.stack([self.forward([token], cache) for token, cache in pairs])
 
     def forward_all(
         self, ids: Ids, cache: KVCache, first: int = 0
