@@ -23,6 +23,9 @@ TILE_ROWS = 16
 RUN_INPUTS = 32
 """Inputs in one full run of a block; also the inputs that share an activation scale."""
 
+SLAB_TILES = 64
+"""Tiles whose high nibbles lie together, and then their low ones."""
+
 LARGEST_BFLOAT16 = np.float32(2**128 - 2**120)
 
 FORMATS = ("int4", "int8", "bf16", "f32")

@@ -48,7 +48,7 @@ def pretend_cpu(name: str) -> None:
 
 
 def build_module(kind: str, define: Callable[[ir.Module], None] | None = None) -> ir.Module:
-    """A module with `products(w, levels, x, sums, out)`, all addresses, for TOKENS tokens."""
+    """A module with `products(w, levels, x, offsets, out)`, all addresses, for TOKENS tokens."""
     from numba import types  # noqa: PLC0415
 
     from gemma_cli.runtime import vector  # noqa: PLC0415
@@ -58,8 +58,8 @@ def build_module(kind: str, define: Callable[[ir.Module], None] | None = None) -
         define(module)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 5), "products")
     b = ir.IRBuilder(function.append_basic_block())
-    w, levels, x, sums, out = function.args
-    args = [w, x, i64(32), sums, i64(4), i64(TOKENS)]
+    w, levels, x, offsets, out = function.args
+    args = [w, x, i64(32), offsets, i64(4), i64(TOKENS)]
     intrinsic = {"int4": vector.dots_int4, "int8": vector.dots_int8}.get(kind)
     if intrinsic is None:
         intrinsic = vector.dots_codebook
@@ -233,8 +233,8 @@ def compare(kind: str) -> None:
         x = rng.integers(-127, 128, (TOKENS, 32)).astype(np.int8)
         x[0], x[1] = 127, -127
         x[2, ::2], x[2, 1::2] = 127, -127
-        sums, out = x.sum(1, dtype=np.int32), np.empty((TOKENS, 16), np.int32)
-        products(*(array.ctypes.data for array in (w, levels, x, sums, out)))
+        offsets, out = -128 * x.sum(1, dtype=np.int32), np.empty((TOKENS, 16), np.int32)
+        products(*(array.ctypes.data for array in (w, levels, x, offsets, out)))
         np.testing.assert_array_equal(out, twins.dots(m.levels, x)[..., 0])
     del engine
 

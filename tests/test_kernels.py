@@ -15,8 +15,9 @@ import twins
 from numba import njit
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, layers, matmul, team, vector
+from gemma_cli.runtime import attention, kv_cache, layers, matmul, team, vector
 from gemma_cli.runtime.embedding import embed
+from gemma_cli.runtime.forward import Inputs, Shape
 from quantize import packing
 from quantize.grouping import LINEAR_LEVELS, round_int4, round_int8
 from quantize.pipeline import IQ4_NL_LEVELS
@@ -27,7 +28,7 @@ GROUP_SIZES = (32, 64, 128)
 FULL_LEVELS = (-128, *IQ4_NL_LEVELS[1:15], 127)
 """A codebook that has int8's lowest level, whose negative is no int8, and its highest."""
 
-TOKEN_COUNTS = (1, matmul.TOKENS - 1, matmul.TOKENS, 2 * matmul.TOKENS + 3)
+TOKEN_COUNTS = (1, 2, matmul.TOKENS, matmul.FEW, matmul.FEW + 3)
 
 
 def addresses(matrices: Sequence[twins.Matrix], codebooks: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -62,53 +63,44 @@ def on_threads(n_threads: int, work: Callable[[int], None]) -> None:
 
 
 @njit
-def quantize_rows(n_in, x, codes, scales, sums):
-    for t in range(len(x)):
-        runs = slice(0, n_in // 32)
-        matmul.quantize_row(x[t, :n_in], codes[t, :n_in], scales[t, runs], sums[t, runs])
+def quantize_rows(h):
+    for t in range(len(h.values)):
+        matmul.quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
 
 
 @njit(nogil=True)
-def run_matmul(counters, thread, n_threads, matrices, n_in, x, codes, scales, sums, y):
-    items, runs = matmul.n_items(matrices, n_threads), slice(0, n_in // 32)
-    matmul.matmul(
-        counters,
-        0,
-        items,
-        thread,
-        matrices,
-        x[:, :n_in],
-        codes[:, :n_in],
-        scales[:, runs],
-        sums[:, runs],
-        y,
-        n_threads,
-    )
+def run_matmul(counters, thread, n_threads, matrices, h, y, panels):
+    items = matmul.n_items(matrices, n_threads)
+    matmul.matmul(counters, 0, items, thread, matrices, h, y, panels, n_threads)
 
 
-class Inputs:
-    """A matrix's inputs, in rows that are further apart than they are long."""
+class Padded:
+    """A matrix's inputs, in rows that are further apart than they are long, with rows to spare."""
 
     def __init__(self, x: Float32) -> None:
         n, self.n_in = x.shape
-        self.x = np.full((n, self.n_in + 96), np.nan, np.float32)
-        self.x[:, : self.n_in] = x
-        self.codes = np.full(self.x.shape, 99, np.int8)
-        self.scales = np.full((n, self.n_in // 32 + 5), np.nan, np.float32)
-        self.sums = np.full(self.scales.shape, 99, np.int32)
-        quantize_rows(self.n_in, *self.arrays)
-
-    @property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        return self.x, self.codes, self.scales, self.sums
+        shape = n + matmul.TOKENS, self.n_in + 96
+        self.x = np.full(shape, np.nan, np.float32)
+        self.x[:n, : self.n_in] = x
+        self.codes = np.full(shape, 99, np.int8)
+        self.scales = np.full((len(self.x), self.n_in // 32 + 5), np.nan, np.float32)
+        self.offsets = np.full(self.scales.shape, 99, np.int32)
+        n_runs = self.n_in // 32
+        self.inputs = Inputs(
+            self.x[:n, : self.n_in],
+            self.codes[:n, : self.n_in],
+            self.scales[:n, :n_runs],
+            self.offsets[:n, :n_runs],
+        )
+        quantize_rows(self.inputs)
 
     def rounded(self) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
-        """Codes, scales and sums, after a look at what lies beyond them."""
+        """Codes, scales and offsets, after a look at what lies beyond them."""
         n_runs = self.n_in // 32
         assert (self.codes[:, self.n_in :] == 99).all()
         assert np.isnan(self.scales[:, n_runs:]).all()
-        assert (self.sums[:, n_runs:] == 99).all()
-        return self.codes[:, : self.n_in], self.scales[:, :n_runs], self.sums[:, :n_runs]
+        assert (self.offsets[:, n_runs:] == 99).all()
+        return self.inputs.codes, self.inputs.scales, self.inputs.offsets
 
 
 def multiply(matrices: Sequence[twins.Matrix], x: Float32, n_threads: int = 1) -> Float32:
@@ -117,15 +109,17 @@ def multiply(matrices: Sequence[twins.Matrix], x: Float32, n_threads: int = 1) -
     table = addresses(matrices, codebooks)
     width = sum(m.n_columns for m in matrices)
     y = np.full((len(x) + 1, width + 16), np.nan, np.float32)
-    counters, inputs = team.counters(1), Inputs(x)
+    panels = np.full((n_threads, 16 * matmul.PANEL + 64), 99, np.uint8)
+    counters, inputs = team.counters(1), Padded(x).inputs
     on_threads(
         n_threads,
         lambda thread: run_matmul(
-            counters, thread, n_threads, table, inputs.n_in, *inputs.arrays, y[: len(x)]
+            counters, thread, n_threads, table, inputs, y[: len(x)], panels[:, :-64]
         ),
     )
     assert np.isnan(y[:, width:]).all()
     assert np.isnan(y[len(x) :]).all()
+    assert (panels[:, -64:] == 99).all()
     return y[: len(x), :width]
 
 
@@ -199,25 +193,25 @@ def test_inputs_are_rounded_as_the_twin_rounds_them() -> None:
         x[row, 32:64] = np.float32(extreme)
         x[row, 64:96] = 0
         x[row, 95] = np.float32(extreme)
-    for actual, expected in zip(Inputs(x).rounded(), twins.quantize_row(x), strict=True):
+    for actual, expected in zip(Padded(x).rounded(), twins.quantize_row(x), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
 def test_rounded_inputs_are_near() -> None:
     x = random_inputs(np.random.default_rng(2), 50, 256)
-    codes, scales, sums = Inputs(x).rounded()
+    codes, scales, offsets = Padded(x).rounded()
     step = np.repeat(scales, 32, axis=1)
     # Half a step, and the roundings of 127 / largest, of the product and of the scale: codes up
     # to 127 move by 3 x 127 x 2^-24 steps.
     assert (np.abs(x - step * codes) <= step * (0.5 + 400 * twins.EPSILON)).all()
-    np.testing.assert_array_equal(sums, codes.reshape(50, -1, 32).sum(-1, dtype=np.int32))
+    np.testing.assert_array_equal(offsets, -128 * codes.reshape(50, -1, 32).sum(-1, dtype=int))
     assert np.abs(codes.astype(int)).max() == 127
 
 
 def test_ties_go_to_the_even_code() -> None:
     x = np.zeros((1, 32), np.float32)
     x[0, :5] = 127, 0.5, 1.5, -0.5, -2.5
-    codes, scales, _ = Inputs(x).rounded()
+    codes, scales, _ = Padded(x).rounded()
     assert scales[0, 0] == 1
     np.testing.assert_array_equal(codes[0, :5], [127, 0, 2, 0, -2])
 
@@ -225,8 +219,11 @@ def test_ties_go_to_the_even_code() -> None:
 # Matrix products.
 
 
+@pytest.mark.parametrize("n_tokens", [matmul.TOKENS + 3, matmul.FEW + 3])
 @every_integer_kind
-def test_integer_products_are_exact(fmt: str, group_size: int, codebook: tuple[int, ...]) -> None:
+def test_integer_products_are_exact(
+    fmt: str, group_size: int, codebook: tuple[int, ...], n_tokens: int
+) -> None:
     """With scales of 1, and sums below 2^24, float32 is exact: so y is the integer product."""
     rng = np.random.default_rng(3)
     n_in, lowest, highest = 256, *((0, 15) if fmt == "int4" else (-128, 127))
@@ -237,7 +234,7 @@ def test_integer_products_are_exact(fmt: str, group_size: int, codebook: tuple[i
     codes[3, :16], codes[3, 16:] = highest, lowest
     m = twins.coded(fmt, codes, np.ones((48, n_in // group_size), np.float16), codebook)
     # What saturates vpmaddubsw: neighbours with codes of the largest magnitude and one sign.
-    x = rng.integers(-127, 128, (2 * matmul.TOKENS + 3, n_in)).astype(np.float32)
+    x = rng.integers(-127, 128, (n_tokens, n_in)).astype(np.float32)
     x[0], x[1] = 127, -127
     x[2, ::2], x[2, 1::2] = 127, -127
     x[3, :16], x[3, 16:] = -127, 127
@@ -300,10 +297,23 @@ def test_matrices_side_by_side() -> None:
 def test_products_do_not_depend_on_threads_or_on_tokens_at_once() -> None:
     rng = np.random.default_rng(7)
     matrices = side_by_side(rng, 256)
-    x = random_inputs(rng, 2 * matmul.TOKENS + 3, 256)
+    x = random_inputs(rng, matmul.FEW + 3, 256)
     one_by_one = np.concatenate([multiply(matrices, x[t : t + 1]) for t in range(len(x))])
     for n_threads in (1, 2, 4):
         np.testing.assert_array_equal(multiply(matrices, x, n_threads), one_by_one)
+    np.testing.assert_array_equal(multiply(matrices, x[:5], 2), one_by_one[:5])
+
+
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_products_of_many_inputs_and_tiles(fmt: str) -> None:
+    """More than a panel's inputs, and more tiles than go side by side."""
+    rng = np.random.default_rng(23)
+    n_in, n_out = matmul.PANEL + 256, 16 * matmul.SIDE + 40
+    m = random_matrix(rng, fmt, n_out, n_in, 32, LINEAR_LEVELS)
+    x = random_inputs(rng, matmul.FEW + 3, n_in)
+    y = multiply([m], x, 2)
+    assert_close(y, m, x)
+    np.testing.assert_array_equal(y[:2], multiply([m], x[:2]))
 
 
 def test_weights_are_only_read(tmp_path: Path) -> None:
@@ -363,41 +373,34 @@ def test_rounded_weights_multiply_like_the_weights() -> None:
 # Attention.
 
 
-@njit(nogil=True)
+@njit
 def store_tokens(k, v, position, table, is_int8):
-    n_tokens, n_heads, _ = k.shape
-    for t in range(n_tokens):
-        slot = (position + t) % table[attention.CAPACITY]
-        for head in range(n_heads):
-            keys, values = table[attention.KEYS], table[attention.VALUES]
-            attention.store_head(
-                k[t, head], n_heads, head, slot, is_int8, keys, table[attention.KEY_SCALES]
-            )
-            attention.store_head(
-                v[t, head], n_heads, head, slot, is_int8, values, table[attention.VALUE_SCALES]
-            )
+    for t in range(len(k)):
+        slot = (position + t) % table[kv_cache.CAPACITY]
+        for head in range(k.shape[1]):
+            attention.store_head(k[t, head], v[t, head], table, head, slot, is_int8)
+
+
+@team.stage
+def merge(t, thread, positions, n_rows, s, window, scratch, out):
+    attention.merge_spans(t, positions, n_rows, s, window, scratch, thread, out[t])
 
 
 @njit(nogil=True)
-def run_attend(
-    counters, thread, n_threads, q, position, table, n_kv_heads, window, cap, is_int8, scratch, out
-):
-    items = attention.n_items(q, n_kv_heads, n_threads)
-    attention.attend(
-        counters,
-        0,
-        items,
-        thread,
-        q,
-        position,
-        table,
-        n_kv_heads,
-        window,
-        cap,
-        is_int8,
-        scratch,
-        out,
-        n_threads,
+def run_spans(counters, thread, q, positions, caches, s, window, is_int8, scratch, out):
+    n_tokens, n_rows = len(out), q.shape[1]
+    items = attention.n_span_items(positions, n_tokens // positions.size, s, window)
+    attention.attend_spans(
+        counters, 0, items, thread, q, positions, caches, 0, s, window, is_int8, scratch
+    )
+    merge(counters, 1, n_tokens, thread, positions, n_rows, s, window, scratch, out)
+
+
+@njit(nogil=True)
+def run_rows(counters, thread, q, position, cache, s, window, is_int8, scratch, out):
+    items = attention.n_row_items(len(out), s)
+    attention.attend_rows(
+        counters, 0, items, thread, q, position, cache, s, window, is_int8, scratch, out
     )
 
 
@@ -406,13 +409,16 @@ class Cache:
 
     def __init__(self, kind: str, capacity: int, n_kv_heads: int, head_dim: int) -> None:
         self.is_int8 = kind == "int8"
-        shape = (2, capacity, n_kv_heads, head_dim)
-        self.data = np.full(shape, 99, np.int8) if self.is_int8 else np.full(shape, np.nan, "f2")
-        self.scales = np.full(shape[:3], np.nan, np.float32)
+        capacity = -(-capacity // kv_cache.BLOCK) * kv_cache.BLOCK
+        tiles = n_kv_heads, capacity // kv_cache.BLOCK, head_dim, kv_cache.BLOCK
+        dtype, nothing = (np.int8, 99) if self.is_int8 else (np.float16, np.nan)
+        self.keys = np.full(tiles, nothing, dtype)
+        self.values = np.full((n_kv_heads, capacity, head_dim), nothing, dtype)
+        self.scales = np.full((2, n_kv_heads, capacity), np.nan, np.float32)
         self.table = np.array(
             [
-                self.data[0].ctypes.data,
-                self.data[1].ctypes.data,
+                self.keys.ctypes.data,
+                self.values.ctypes.data,
                 self.scales[0].ctypes.data,
                 self.scales[1].ctypes.data,
                 capacity,
@@ -423,10 +429,29 @@ class Cache:
     def store(self, k: Float32, v: Float32, position: int) -> None:
         store_tokens(k, v, position, self.table, self.is_int8)
 
+    def codes(self) -> NDArray[Any]:
+        """Keys and values (2, capacity, n_kv_heads, head_dim) as they lie in the cache."""
+        keys = self.keys.transpose(1, 3, 0, 2).reshape(-1, len(self.keys), self.keys.shape[2])
+        return np.stack([keys, self.values.transpose(1, 0, 2)])
+
     def stored(self) -> NDArray[np.float64]:
-        """Keys and values (2, capacity, n_kv_heads, head_dim) as they are in the cache."""
-        values = self.data.astype(np.float64)
-        return values * self.scales[..., None].astype(np.float64) if self.is_int8 else values
+        """The same as numbers."""
+        codes = self.codes().astype(np.float64)
+        scales = self.scales.transpose(0, 2, 1)[..., None].astype(np.float64)
+        return codes * scales if self.is_int8 else codes
+
+
+def shape(n_heads: int, n_kv_heads: int, cap: float) -> Shape:
+    return Shape(0, 0, 0, n_heads, n_kv_heads, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, cap, 0.0)
+
+
+def grouped(q: Float32, n_kv_heads: int) -> Float32:
+    """Queries (n, n_heads, head_dim) as attention takes them, with rows to spare of NaN."""
+    n, n_heads, head_dim = q.shape
+    flat = np.full((n * n_heads + attention.ROWS) * head_dim, np.nan, np.float32)
+    rows = flat[: q.size].reshape(n_kv_heads, n * (n_heads // n_kv_heads), head_dim)
+    rows[:] = q.reshape(n, n_kv_heads, -1, head_dim).transpose(1, 0, 2, 3).reshape(rows.shape)
+    return rows
 
 
 def attend_all(
@@ -440,31 +465,33 @@ def attend_all(
     n_threads: int,
 ) -> Float32:
     """Attention of all tokens, a chunk at a time: (n, n_heads, head_dim)."""
+    n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+    s = shape(n_heads, n_kv_heads, cap)
     out = np.full((len(q), q[0].size), np.nan, np.float32)
-    scratch = attention.allocate(n_threads, q.shape[2])
+    partials = attention.count_partials(n_heads, n_kv_heads, min(chunk, matmul.FEW), len(q))
+    scratch = attention.allocate(n_threads, head_dim, partials)
     for array in scratch:
         array[:] = np.nan
     for start in range(0, len(q), chunk):
         part = slice(start, start + chunk)
         cache.store(k[part], v[part], start)
-        counters = team.counters(1)
-        on_threads(
-            n_threads,
-            lambda thread, counters=counters, part=part, start=start: run_attend(
-                counters,
-                thread,
-                n_threads,
-                q[part],
-                start,
-                cache.table,
-                k.shape[1],
-                window,
-                cap,
-                cache.is_int8,
-                scratch,
-                out[part],
-            ),
-        )
+        counters, rows = team.counters(2), grouped(q[part], n_kv_heads)
+
+        def work(
+            thread: int,
+            counters: Any = counters,
+            rows: Float32 = rows,
+            part: slice = part,
+            start: int = start,
+        ) -> None:
+            rest = s, window, cache.is_int8, scratch, out[part]
+            if chunk <= matmul.FEW:
+                caches = cache.table[None, None]
+                run_spans(counters, thread, rows, np.array([start]), caches, *rest)
+            else:
+                run_rows(counters, thread, rows, start, cache.table, *rest)
+
+        on_threads(n_threads, work)
     return out.reshape(q.shape)
 
 
@@ -493,7 +520,7 @@ def test_attention_is_the_twins(
     q, k, v = random_heads(rng, n, n_heads, n_kv_heads, head_dim)
     whole = Cache(kind, n, n_kv_heads, head_dim)
     one_by_one = attend_all(whole, q, k, v, window, cap, chunk=1, n_threads=1)
-    keys, values = whole.stored()
+    keys, values = whole.stored()[:, :n]
     expected, magnitudes = twins.attention(q.astype(np.float64), keys, values, window, cap)
     # A score errs by head_dim roundings of its magnitudes (see assert_close), by another of the
     # cache's scale, by 4 of the cap where there is one; that and exp's 2e-7 are relative errors of
@@ -509,13 +536,59 @@ def test_attention_is_the_twins(
         np.testing.assert_array_equal(out, one_by_one)
 
 
+@pytest.mark.parametrize("kind", ["f16", "int8"])
+@pytest.mark.parametrize("window", [0, 300])
+def test_attention_over_several_spans(window: int, kind: str) -> None:
+    n, n_heads, n_kv_heads, head_dim = 2 * attention.SPAN + 60, 4, 2, 16
+    rng = np.random.default_rng(21)
+    q, k, v = random_heads(rng, n, n_heads, n_kv_heads, head_dim)
+    whole = Cache(kind, n, n_kv_heads, head_dim)
+    one_by_one = attend_all(whole, q, k, v, window, 0.0, chunk=1, n_threads=2)
+    keys, values = whole.stored()[:, :n]
+    expected, magnitudes = twins.attention(q.astype(np.float64), keys, values, window, 0.0)
+    # As above; merging partial results takes some more roundings for each span.
+    relative = 2 * (((head_dim + 2) * magnitudes + n + 20) * twins.EPSILON + 2e-7)
+    error = np.abs(one_by_one - expected).max(-1)
+    assert (error <= relative * np.abs(values).max()).all()
+    for chunk in (7, matmul.FEW, 70, n):
+        capacity = min(n, window + chunk) if window else n
+        cache = Cache(kind, capacity, n_kv_heads, head_dim)
+        out = attend_all(cache, q, k, v, window, 0.0, chunk, n_threads=2)
+        np.testing.assert_array_equal(out, one_by_one)
+
+
+def test_attention_of_several_sequences() -> None:
+    """A token each, at different depths, as each alone."""
+    rng = np.random.default_rng(22)
+    n, n_heads, n_kv_heads, head_dim = 3, 6, 2, 32
+    positions = np.array([5, 700, 300])
+    queries = rng.standard_normal((n, n_heads, head_dim)).astype(np.float32)
+    caches = [Cache("f16", 720, n_kv_heads, head_dim) for _ in range(n)]
+    s, alone = shape(n_heads, n_kv_heads, 0.0), []
+    partials = attention.count_partials(n_heads, n_kv_heads, n, 720)
+    scratch = attention.allocate(1, head_dim, partials)
+    out = np.empty((n, n_heads * head_dim), np.float32)
+    for t in range(n):
+        k, v = rng.standard_normal((2, positions[t] + 1, n_kv_heads, head_dim)).astype("f4")
+        caches[t].store(k, v, 0)
+        rows, counters = grouped(queries[t : t + 1], n_kv_heads), team.counters(2)
+        table = caches[t].table[None, None]
+        position = positions[t : t + 1]
+        run_spans(counters, 0, rows, position, table, s, 0, False, scratch, out[t : t + 1])
+        alone.append(out[t].copy())
+    tables, counters = np.stack([cache.table[None] for cache in caches]), team.counters(2)
+    rows = grouped(queries, n_kv_heads)
+    run_spans(counters, 0, rows, positions, tables, s, 0, False, scratch, out)
+    np.testing.assert_array_equal(out, alone)
+
+
 def test_attention_with_scores_far_apart() -> None:
     """The running maximum climbs, and falls back, by more than exp can express."""
     q, k, v = random_heads(np.random.default_rng(13), 100, 2, 1, 32)
     q *= 100
     cache = Cache("f16", 100, 1, 32)
     out = attend_all(cache, q, k, v, 0, 0.0, chunk=100, n_threads=2)
-    keys, values = cache.stored()
+    keys, values = cache.stored()[:, :100]
     expected, magnitudes = twins.attention(q.astype(np.float64), keys, values, 0, 0.0)
     error = np.abs(out - expected).max(-1)
     relative = 2 * (34 * twins.EPSILON * magnitudes + 2e-7 + 102 * twins.EPSILON)
@@ -529,24 +602,27 @@ def test_cached_heads_are_rounded_as_the_twin_rounds_them() -> None:
     k[0, 1] = 1e-40
     half = Cache("f16", 10, 3, 64)
     half.store(k, v, 0)
-    np.testing.assert_array_equal(half.data, np.stack([k, v]).astype(np.float16))
+    np.testing.assert_array_equal(half.codes()[:, :10], np.stack([k, v]).astype(np.float16))
     byte = Cache("int8", 10, 3, 64)
     byte.store(k, v, 0)
     heads = np.stack([k, v])
     largest = np.abs(heads).max(-1)
-    np.testing.assert_array_equal(byte.scales, largest / np.float32(127))
+    np.testing.assert_array_equal(
+        byte.scales[..., :10].transpose(0, 2, 1), largest / np.float32(127)
+    )
     some = largest > np.float32(1e-30)
     inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=some)
-    np.testing.assert_array_equal(byte.data, np.rint(heads * inverse[..., None]))
+    np.testing.assert_array_equal(byte.codes()[:, :10], np.rint(heads * inverse[..., None]))
 
 
 def test_keys_go_to_their_slot_of_the_ring() -> None:
-    k, v = np.random.default_rng(15).standard_normal((2, 8, 2, 16)).astype(np.float32)
-    cache = Cache("f16", 5, 2, 16)
+    k, v = np.random.default_rng(15).standard_normal((2, 40, 2, 16)).astype(np.float32)
+    cache = Cache("f16", 32, 2, 16)
     cache.store(k, v, 9)
-    for t in range(3, 8):
-        np.testing.assert_array_equal(cache.data[0, (9 + t) % 5], k[t].astype(np.float16))
-        np.testing.assert_array_equal(cache.data[1, (9 + t) % 5], v[t].astype(np.float16))
+    codes = cache.codes()
+    for t in range(8, 40):
+        np.testing.assert_array_equal(codes[0, (9 + t) % 32], k[t].astype(np.float16))
+        np.testing.assert_array_equal(codes[1, (9 + t) % 32], v[t].astype(np.float16))
 
 
 # Layers.
@@ -677,7 +753,7 @@ def load_all(load_f16, load_bf16, source, target):
 def store_halves(source, target):
     for i in range(0, source.size, 16):
         value = vector.load_f32(vector.address_of(source) + 4 * i)
-        vector.store_f16(vector.address_of(target) + 2 * i, value)
+        vector.store_f16(vector.address_of(target) + 2 * i, 2, value)
 
 
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16)

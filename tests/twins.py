@@ -75,14 +75,14 @@ def floating(fmt: str, weights: Float32) -> Matrix:
 
 
 def quantize_row(x: Float32) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
-    """Codes, scales and the codes' sums, 32 inputs each, of rows (n_tokens, n_in)."""
+    """Codes, scales and offsets, those of 32 inputs each, of rows (n_tokens, n_in)."""
     runs = x.reshape(len(x), -1, 32)
     largest = np.abs(runs).max(-1)
     some = largest > np.float32(1e-30)
     inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=some)
     codes = np.rint(runs * inverse[..., None])
-    sums = codes.sum(-1).astype(np.int32)
-    return codes.astype(np.int8).reshape(x.shape), largest / np.float32(127), sums
+    offsets = (-128 * codes.sum(-1)).astype(np.int32)
+    return codes.astype(np.int8).reshape(x.shape), largest / np.float32(127), offsets
 
 
 def dots(levels: NDArray[np.int64], codes: NDArray[np.int8]) -> NDArray[np.int64]:

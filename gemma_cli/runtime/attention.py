@@ -1,11 +1,16 @@
-"""Attention over the cached keys and values, in blocks of positions.
+"""Attention over the cached keys and values, in spans of positions.
 
     out[t] = sum over p of softmax_p(q[t] . k[p]) v[p],  p in the window of t
 
-The softmax runs along with the sum (Milakov and Gimelshein 2018, arXiv:1805.02867): a block's
-scores raise the running maximum, and what was summed so far is scaled down to it, so that no more
-than a block of scores is ever held. Blocks begin at multiples of BLOCK positions, so a token's sums
-are made in the same order however many tokens are processed at once.
+A span's scores are taken relative to their largest, and what they weigh is summed: a partial
+result. Partial results are merged in the order of their spans, each scaled down to the larger of
+the two maxima (Milakov and Gimelshein 2018, arXiv:1805.02867; spans side by side are
+FlashDecoding's, Dao et al. 2023). So no more than a span of scores is ever held. Spans begin at
+multiples of SPAN positions, so a token's sums are made in the same order however many tokens are
+processed at once and whichever threads do it.
+
+Queries that read the same keys are neighbours here: those of one key head, token by token. ROWS of
+them share a key or a value once it is loaded.
 """
 
 import math
@@ -15,11 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.kv_cache import CAPACITY, KEY_SCALES, KEYS, VALUE_SCALES, VALUES
+from gemma_cli.runtime.kv_cache import (
+    BLOCK,
+    CAPACITY,
+    KEY_SCALES,
+    KEYS,
+    VALUE_SCALES,
+    VALUES,
+)
 from gemma_cli.runtime.layers import soft_cap
+from gemma_cli.runtime.matmul import TOKENS as ROWS
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     absolute,
+    add_outer,
     address_of,
     exp,
     fma,
@@ -28,129 +42,236 @@ from gemma_cli.runtime.vector import (
     load_f16,
     load_f32,
     load_i8,
-    load_scalar,
+    prefetch,
     splat,
     store_f16,
     store_f32,
     store_i8,
+    store_rows,
     store_scalar,
+    zeros,
 )
 
-BLOCK = 32
-"""Positions whose keys or values are widened to float32 at once."""
+SPAN = 256
+"""Positions of a partial result, a multiple of BLOCK."""
 
-ROWS = 8
-"""Queries, of one key head, that share a widened block."""
+ITEM_ROWS = 32
+"""Queries of an item that goes through all spans: they find a span's keys and values in the L2."""
 
 _MASKED = np.float32(-1e30)
 
 
 class Scratch(NamedTuple):
-    """What a thread of `attend` writes to; the first dimension is the thread."""
+    """What `attend` writes to: its threads' own memory, and partial results for `merge`."""
 
-    sums: NDArray[np.float32]  # (n_threads, ROWS, head_dim)
-    block: NDArray[np.float32]  # (n_threads, BLOCK, head_dim), keys or values
-    scores: NDArray[np.float32]  # (n_threads, ROWS, BLOCK)
-    maxima: NDArray[np.float32]  # (n_threads, ROWS)
-    divisors: NDArray[np.float32]  # (n_threads, ROWS)
+    scores: NDArray[np.float32]  # (n_threads, ROWS, SPAN)
+    weights: NDArray[np.float32]  # (n_threads, ROWS, SPAN)
+    sums: NDArray[np.float32]  # (n_threads, ROWS + ITEM_ROWS, head_dim): a partial result, totals
+    maxima: NDArray[np.float32]  # (n_threads, ROWS + ITEM_ROWS)
+    divisors: NDArray[np.float32]  # (n_threads, ROWS + ITEM_ROWS)
+    partial_sums: NDArray[np.float32]  # (n_partials, ROWS, head_dim)
+    partial_maxima: NDArray[np.float32]  # (n_partials, ROWS)
+    partial_divisors: NDArray[np.float32]  # (n_partials, ROWS)
 
 
-def allocate(n_threads: int, head_dim: int) -> Scratch:
+def allocate(n_threads: int, head_dim: int, n_partials: int) -> Scratch:
+    """Scratch memory; n_partials as `count_partials` gives it."""
+
     def array(*shape: int) -> NDArray[np.float32]:
-        return np.zeros((n_threads, *shape), np.float32)
+        return np.zeros(shape, np.float32)
 
+    rows = ROWS + ITEM_ROWS
     return Scratch(
-        array(ROWS, head_dim), array(BLOCK, head_dim), array(ROWS, BLOCK), array(ROWS), array(ROWS)
+        array(n_threads, ROWS, SPAN),
+        array(n_threads, ROWS, SPAN),
+        array(n_threads, rows, head_dim),
+        array(n_threads, rows),
+        array(n_threads, rows),
+        array(n_partials, ROWS, head_dim),
+        array(n_partials, ROWS),
+        array(n_partials, ROWS),
     )
 
 
-@kernel
-def store_head(values, n_heads, head, slot, is_int8, data, scales):
-    """Stores one head's key or value, float32 (head_dim,), in a layer's slot.
+def count_partials(n_heads: int, n_kv_heads: int, n_tokens: int, context: int) -> int:
+    """Partial results of n_tokens, of one sequence or of as many, that see a whole context."""
+    group = n_heads // n_kv_heads
+    blocks = max(-(-n_tokens * group // ROWS), n_tokens * -(-group // ROWS))
+    return n_kv_heads * blocks * (-(-context // SPAN) + 1)
 
-    data, scales: addresses, columns of the cache's table.
+
+@kernel
+def store_head(key, value, cache, head, slot, is_int8):
+    """Stores one head's key and value, float32 (head_dim,) each, in a layer's slot.
+
+    cache: the layer's row of the cache's table.
     """
-    head_dim = values.size
-    index = slot * n_heads + head
-    source = address_of(values)
+    head_dim, lane = key.size, slot % BLOCK
+    index = head * cache[CAPACITY] + slot
+    k, v = address_of(key), address_of(value)
+    to_key = cache[KEYS] + (1 if is_int8 else 2) * ((index - lane) * head_dim + lane)
+    to_value = cache[VALUES] + (1 if is_int8 else 2) * index * head_dim
     if is_int8:
-        largest = np.float32(0)
-        for i in range(0, 4 * head_dim, 64):
-            largest = max(largest, horizontal_max(absolute(load_f32(source + i))))
-        inverse = splat(127 / largest if largest > 1e-30 else 0.0)
+        store_scalar(cache[KEY_SCALES] + 4 * index, _scale(k, head_dim) / 127)
+        store_scalar(cache[VALUE_SCALES] + 4 * index, _scale(v, head_dim) / 127)
+        inverse, inverse_v = _inverse(_scale(k, head_dim)), _inverse(_scale(v, head_dim))
         for i in range(0, head_dim, 16):
-            store_i8(data + index * head_dim + i, load_f32(source + 4 * i) * inverse)
-        store_scalar(scales + 4 * index, largest / 127)
+            store_i8(to_key + BLOCK * i, BLOCK, load_f32(k + 4 * i) * inverse)
+            store_i8(to_value + i, 1, load_f32(v + 4 * i) * inverse_v)
     else:
         for i in range(0, head_dim, 16):
-            store_f16(data + 2 * (index * head_dim + i), load_f32(source + 4 * i))
+            store_f16(to_key + 2 * BLOCK * i, 2 * BLOCK, load_f32(k + 4 * i))
+            store_f16(to_value + 2 * i, 2, load_f32(v + 4 * i))
 
 
 @kernel
-def _widen(table, data_column, scale_column, head, n_heads, first, last, is_int8, block):
-    """Keys or values of positions first to last, float32, into the rows of `block`."""
-    head_dim = block.shape[1]
-    data, scales, capacity = table[data_column], table[scale_column], table[CAPACITY]
-    for p in range(first, last):
-        index = (p % capacity) * n_heads + head
-        target = address_of(block) + 4 * (p - first) * head_dim
+def _scale(x, n):
+    """The largest magnitude of n float32 at an address."""
+    largest = np.float32(0)
+    for i in range(0, 4 * n, 64):
+        largest = max(largest, horizontal_max(absolute(load_f32(x + i))))
+    return largest
+
+
+@kernel
+def _inverse(largest):
+    return splat(127 / largest if largest > 1e-30 else 0.0)
+
+
+@kernel
+def _score(q, head_dim, cache, head, first, last, is_int8, scores):
+    """scores[r, p - span] = q[r] . k[p] for ROWS queries and the blocks of positions first to last.
+
+    q: address of the first query, float32 (ROWS, head_dim); first, last: multiples of BLOCK, of
+    one span; scores: address of (ROWS, SPAN). Asks the memory for the values of these positions,
+    too, which are needed next.
+    """
+    capacity = cache[CAPACITY]
+    size = 1 if is_int8 else 2
+    for p in range(first, last, BLOCK):
+        slot = head * capacity + p % capacity
+        k, v = cache[KEYS] + size * slot * head_dim, cache[VALUES] + size * slot * head_dim
+        acc = zeros(ROWS)
         if is_int8:
-            scale = splat(load_scalar(scales + 4 * index))
-            for i in range(0, head_dim, 16):
-                store_f32(target + 4 * i, load_i8(data + index * head_dim + i) * scale)
+            for i in range(head_dim):
+                prefetch(v + BLOCK * i)
+                acc = add_outer(acc, load_i8(k + BLOCK * i), q + 4 * i, 4 * head_dim)
         else:
-            for i in range(0, head_dim, 16):
-                store_f32(target + 4 * i, load_f16(data + 2 * (index * head_dim + i)))
+            for i in range(head_dim):
+                prefetch(v + 2 * BLOCK * i)
+                acc = add_outer(acc, load_f16(k + 2 * BLOCK * i), q + 4 * i, 4 * head_dim)
+        target = scores + 4 * (p % SPAN)
+        store_rows(target, 4 * SPAN, acc, ROWS)
+        if is_int8:
+            scale = load_f32(cache[KEY_SCALES] + 4 * slot)
+            for r in range(0, 4 * SPAN * ROWS, 4 * SPAN):
+                store_f32(target + r, load_f32(target + r) * scale)
 
 
 @kernel
-def _score(query, keys, scores):
-    """scores[j] = query . keys[j]; four at a time, to keep the multipliers busy."""
-    head_dim = query.size
-    q, row = address_of(query), 4 * head_dim
-    for j in range(0, BLOCK, 4):
-        k = address_of(keys) + j * row
-        a, b, c, d = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-        for i in range(0, row, 64):
-            value = load_f32(q + i)
-            a = fma(value, load_f32(k + i), a)
-            b = fma(value, load_f32(k + row + i), b)
-            c = fma(value, load_f32(k + 2 * row + i), c)
-            d = fma(value, load_f32(k + 3 * row + i), d)
-        scores[j] = horizontal_sum(a)
-        scores[j + 1] = horizontal_sum(b)
-        scores[j + 2] = horizontal_sum(c)
-        scores[j + 3] = horizontal_sum(d)
+def _weigh(weights, head_dim, cache, head, low, high, is_int8, sums):
+    """sums[r] = sum over positions p from low to high of weights[r, p - span] v[p].
+
+    weights: address of (ROWS, SPAN), for int8 with the values' scales in them; sums: address of
+    (ROWS, head_dim).
+    """
+    capacity = cache[CAPACITY]
+    row = (1 if is_int8 else 2) * head_dim
+    for i in range(0, head_dim, 16):
+        acc = zeros(ROWS)
+        p = low
+        while p < high:
+            slot = head * capacity + p % capacity
+            stop = min(high, p // BLOCK * BLOCK + BLOCK)
+            w = weights + 4 * (p % SPAN)
+            if is_int8:
+                v = cache[VALUES] + slot * row + i
+                for j in range(stop - p):
+                    acc = add_outer(acc, load_i8(v + j * row), w + 4 * j, 4 * SPAN)
+            else:
+                v = cache[VALUES] + slot * row + 2 * i
+                for j in range(stop - p):
+                    acc = add_outer(acc, load_f16(v + j * row), w + 4 * j, 4 * SPAN)
+            p = stop
+        store_rows(sums + 4 * i, 4 * head_dim, acc, ROWS)
 
 
 @kernel
-def _weigh(scores, values, decay, total):
-    """total = total * decay + sum over j of scores[j] values[j]."""
-    head_dim = total.size
-    row = 4 * head_dim
-    for i in range(0, row, 64):
-        v, target = address_of(values) + i, address_of(total) + i
-        a, b, c, d = load_f32(target) * splat(decay), splat(0.0), splat(0.0), splat(0.0)
-        for j in range(0, BLOCK, 4):
-            a = fma(splat(scores[j]), load_f32(v + j * row), a)
-            b = fma(splat(scores[j + 1]), load_f32(v + (j + 1) * row), b)
-            c = fma(splat(scores[j + 2]), load_f32(v + (j + 2) * row), c)
-            d = fma(splat(scores[j + 3]), load_f32(v + (j + 3) * row), d)
-        store_f32(target, (a + b) + (c + d))
+def _softmax(scores, first, last, weights):
+    """weights = exp(scores - their maximum) of positions first to last; the maximum, their sum.
 
-
-@kernel
-def _softmax_block(scores, maximum):
-    """Turns scores into exp(score - the new maximum); gives that maximum and their sum."""
-    pointer = address_of(scores)
-    for i in range(0, 4 * BLOCK, 64):
-        maximum = max(maximum, horizontal_max(load_f32(pointer + i)))
+    scores, weights: addresses of a row of a span.
+    """
+    start, stop = 4 * (first % SPAN), 4 * (first % SPAN + last - first)
+    largest = load_f32(scores + start)
+    maximum = horizontal_max(largest)
+    for i in range(start + 64, stop, 64):
+        maximum = max(maximum, horizontal_max(load_f32(scores + i)))
     total = splat(0.0)
-    for i in range(0, 4 * BLOCK, 64):
-        weight = exp(load_f32(pointer + i) - splat(maximum))
-        store_f32(pointer + i, weight)
+    for i in range(start, stop, 64):
+        weight = exp(load_f32(scores + i) - splat(maximum))
+        store_f32(weights + i, weight)
         total = total + weight
     return maximum, horizontal_sum(total)
+
+
+@kernel
+def _seen(position, window):
+    """The first position that a token sees."""
+    return max(0, position - window + 1) if window else 0
+
+
+@kernel
+def _attend_span(
+    q, rows, first_row, group, position, span, window, cap, cache, head, is_int8, own, result
+):
+    """The partial result of up to ROWS queries for the positions of a span; False if it has none.
+
+    q: address of the queries (ROWS, head_dim), the rows first_row to first_row + rows of a
+    sequence whose first token has that position. own: the thread's scores and weights; result: the
+    arrays sums (ROWS, head_dim), maxima, divisors (ROWS,).
+    """
+    sums, maxima, divisors = result
+    scores, weights = own
+    head_dim = sums.shape[1]
+    newest = position + (first_row + rows - 1) // group
+    low = max(span, _seen(position + first_row // group, window))
+    high = min(span + SPAN, newest + 1)
+    if low >= high:
+        return False
+    first, last = low // BLOCK * BLOCK, (high + BLOCK - 1) // BLOCK * BLOCK
+    _score(q, head_dim, cache, head, first, last, is_int8, address_of(scores))
+    for r in range(rows):
+        here, row = position + (first_row + r) // group, scores[r]
+        if cap > 0:
+            soft_cap(row[first - span : last - span], cap)
+        for p in range(first, max(first, min(last, _seen(here, window)))):
+            row[p - span] = _MASKED
+        for p in range(max(first, here + 1), last):
+            row[p - span] = _MASKED
+        w = address_of(weights[r])
+        maxima[r], divisors[r] = _softmax(address_of(row), first, last, w)
+        if is_int8:
+            scale = cache[VALUE_SCALES] + 4 * (head * cache[CAPACITY])
+            for p in range(first, last, BLOCK):
+                at = w + 4 * (p - span)
+                factor = load_f32(scale + 4 * (p % cache[CAPACITY]))
+                store_f32(at, load_f32(at) * factor)
+    _weigh(address_of(weights), head_dim, cache, head, low, high, is_int8, address_of(sums))
+    return True
+
+
+@kernel
+def _merge(total, maximum, divisor, part, part_maximum, part_divisor):
+    """Adds a partial result to a total, float32 (head_dim,); the new maximum and divisor."""
+    new = max(maximum, part_maximum)
+    kept = np.float32(math.exp(maximum - new))
+    added = np.float32(math.exp(part_maximum - new))
+    target, source = address_of(total), address_of(part)
+    for i in range(0, 4 * total.size, 64):
+        value = load_f32(target + i) * splat(kept)
+        store_f32(target + i, fma(load_f32(source + i), splat(added), value))
+    return new, divisor * kept + part_divisor * added
 
 
 @kernel
@@ -160,72 +281,151 @@ def _fill(x, value):
 
 
 @kernel
-def _block_rows(n_tokens, group, n_threads):
-    """Queries in an item: one token's heads are divided among the threads, else whole blocks."""
-    return min(ROWS, (n_tokens * group + n_threads - 1) // n_threads)
+def _divide(x, divisor, y):
+    """y = x / divisor; x: (head_dim,), y: address."""
+    for i in range(0, 4 * x.size, 64):
+        store_f32(y + i, load_f32(address_of(x) + i) / splat(divisor))
+
+
+# Where the work is divided: by spans when there are few tokens, else by queries.
 
 
 @kernel
-def n_items(q, n_kv_heads, n_threads):
-    """Into how many items the queries (n_tokens, n_heads, head_dim) of a layer are divided."""
-    n_rows = q.shape[0] * (q.shape[1] // n_kv_heads)
-    rows = _block_rows(q.shape[0], q.shape[1] // n_kv_heads, n_threads)
-    return n_kv_heads * ((n_rows + rows - 1) // rows)
+def _spans(positions, n_tokens, window):
+    """The largest number of spans that any sequence's tokens see."""
+    most = 0
+    for s in range(positions.size):
+        first = _seen(positions[s], window) // SPAN
+        most = max(most, (positions[s] + n_tokens - 1) // SPAN - first + 1)
+    return most
+
+
+@kernel
+def n_span_items(positions, n_tokens, s, window):
+    """Items of `attend_spans`."""
+    blocks = (n_tokens * (s.n_heads // s.n_kv_heads) + ROWS - 1) // ROWS
+    return positions.size * s.n_kv_heads * blocks * _spans(positions, n_tokens, window)
+
+
+@kernel
+def n_row_items(n_tokens, s):
+    """Items of `attend_rows`."""
+    n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
+    return s.n_kv_heads * ((n_rows + ITEM_ROWS - 1) // ITEM_ROWS)
 
 
 @stage
-def attend(
-    item, thread, q, position, table, n_kv_heads, window, cap, is_int8, scratch, out, n_threads
-):
-    """Attention of one layer for n_tokens that follow each other, causal; one of n_items items.
+def attend_spans(item, thread, q, positions, caches, layer, s, window, is_int8, scratch):
+    """Partial results for few tokens, of one sequence or several; `merge_spans` puts them together.
 
-    q: float32 (n_tokens, n_heads, head_dim), rotated and scaled; query heads of one key head are
-    neighbours. position: of the first token. table: the layer's row of the cache's table; the
-    tokens' own keys and values are in the cache. window: positions that a token sees, itself
-    included; 0 for all. cap: soft cap of the scores, 0 for none. out: float32 (n_tokens, n_heads
-    head_dim).
+    An item is ROWS queries and a span. q: float32 (n_kv_heads, n_rows, head_dim), n_rows those of
+    all sequences, one after the other, with ROWS more to spare; rotated and scaled. positions:
+    int64 (n_sequences,), of their first tokens; each has the same number of tokens. caches: int64
+    (n_sequences, n_layers, N_COLUMNS); the tokens' own keys and values are in them. s: Shape of
+    the model; window: positions that a token sees, itself included; 0 for all.
     """
-    n_tokens, n_heads, head_dim = q.shape
-    group = n_heads // n_kv_heads
-    block_rows = _block_rows(n_tokens, group, n_threads)
-    sums, block, scores = scratch.sums[thread], scratch.block[thread], scratch.scores[thread]
-    maxima, divisors = scratch.maxima[thread], scratch.divisors[thread]
+    group = s.n_heads // s.n_kv_heads
+    rows = q.shape[1] // positions.size
+    blocks = (rows + ROWS - 1) // ROWS
+    n_spans = _spans(positions, rows // group, window)
+    span, block = item % n_spans, item // n_spans % blocks
+    head = item // n_spans // blocks % s.n_kv_heads
+    sequence = item // n_spans // blocks // s.n_kv_heads
+    position, first_row = positions[sequence], block * ROWS
+    start = (_seen(position + first_row // group, window) // SPAN + span) * SPAN
+    if start > position + rows // group - 1:
+        return
+    _attend_span(
+        address_of(q[head, sequence * rows + first_row]),
+        min(ROWS, rows - first_row),
+        first_row,
+        group,
+        position,
+        start,
+        window,
+        s.attention_soft_cap,
+        caches[sequence, layer],
+        head,
+        is_int8,
+        (scratch.scores[thread], scratch.weights[thread]),
+        (
+            scratch.partial_sums[item],
+            scratch.partial_maxima[item],
+            scratch.partial_divisors[item],
+        ),
+    )
 
-    head = item % n_kv_heads
-    first_row = item // n_kv_heads * block_rows
-    rows = min(block_rows, n_tokens * group - first_row)
-    newest = position + (first_row + rows - 1) // group
-    start = max(0, position + first_row // group - window + 1) if window else 0
-    for r in range(rows):
+
+@kernel
+def merge_spans(t, positions, n_rows, s, window, scratch, thread, out):
+    """One token's attention from the partial results. out: float32 (n_heads * head_dim,)."""
+    group = s.n_heads // s.n_kv_heads
+    rows = n_rows // positions.size
+    blocks = (rows + ROWS - 1) // ROWS
+    n_spans = _spans(positions, rows // group, window)
+    sequence, token = t // (rows // group), t % (rows // group)
+    position = positions[sequence]
+    total = scratch.sums[thread, ROWS]
+    for query in range(s.n_heads):
+        head, row = query // group, token * group + query % group
+        block, r = row // ROWS, row % ROWS
+        item = ((sequence * s.n_kv_heads + head) * blocks + block) * n_spans
+        start = _seen(position + block * ROWS // group, window) // SPAN
+        newest = position + (min(block * ROWS + ROWS, rows) - 1) // group
+        maximum, divisor = _MASKED, np.float32(0)
+        _fill(total, 0)
+        for span in range(newest // SPAN - start + 1):
+            maximum, divisor = _merge(
+                total,
+                maximum,
+                divisor,
+                scratch.partial_sums[item + span, r],
+                scratch.partial_maxima[item + span, r],
+                scratch.partial_divisors[item + span, r],
+            )
+        _divide(total, divisor, address_of(out) + 4 * query * total.size)
+
+
+@stage
+def attend_rows(item, thread, q, position, cache, s, window, is_int8, scratch, out):
+    """Attention of many tokens that follow each other; an item is ITEM_ROWS queries of a key head.
+
+    As attend_spans, for one sequence; out: float32 (n_tokens, n_heads head_dim).
+    """
+    group = s.n_heads // s.n_kv_heads
+    head, start_row = item % s.n_kv_heads, item // s.n_kv_heads * ITEM_ROWS
+    stop_row = min(start_row + ITEM_ROWS, q.shape[1])
+    sums, maxima = scratch.sums[thread], scratch.maxima[thread]
+    divisors = scratch.divisors[thread]
+    for r in range(ROWS, ROWS + stop_row - start_row):
         maxima[r], divisors[r] = _MASKED, 0
         _fill(sums[r], 0)
-    for j in range(BLOCK):
-        _fill(block[j], 0)  # What no position fills meets a weight of zero; it must be finite.
-    for first in range(start // BLOCK * BLOCK, newest + 1, BLOCK):
-        low, high = max(first, start), min(first + BLOCK, newest + 1)
-        _widen(table, KEYS, KEY_SCALES, head, n_kv_heads, low, high, is_int8, block[low - first :])
-        for r in range(rows):
-            token = (first_row + r) // group
-            row = scores[r]
-            _score(q[token, head * group + (first_row + r) % group], block, row)
-            if cap > 0:
-                soft_cap(row, cap)
-            here = position + token
-            for j in range(BLOCK):
-                p = first + j
-                if p > here or (window and p <= here - window):
-                    row[j] = _MASKED
-        _widen(
-            table, VALUES, VALUE_SCALES, head, n_kv_heads, low, high, is_int8, block[low - first :]
-        )
-        for r in range(rows):
-            maximum, total = _softmax_block(scores[r], maxima[r])
-            decay = np.float32(math.exp(maxima[r] - maximum))
-            _weigh(scores[r], block, decay, sums[r])
-            maxima[r] = maximum
-            divisors[r] = divisors[r] * decay + total
-    for r in range(rows):
-        token, query = (first_row + r) // group, head * group + (first_row + r) % group
-        target = address_of(out[token]) + 4 * query * head_dim
-        for i in range(0, 4 * head_dim, 64):
-            store_f32(target + i, load_f32(address_of(sums[r]) + i) / splat(divisors[r]))
+    first = _seen(position + start_row // group, window) // SPAN * SPAN
+    newest = position + (stop_row - 1) // group
+    for span in range(first, newest + 1, SPAN):
+        for row in range(start_row, stop_row, ROWS):
+            rows = min(ROWS, stop_row - row)
+            if not _attend_span(
+                address_of(q[head, row]),
+                rows,
+                row,
+                group,
+                position,
+                span,
+                window,
+                s.attention_soft_cap,
+                cache,
+                head,
+                is_int8,
+                (scratch.scores[thread], scratch.weights[thread]),
+                (sums[:ROWS], maxima[:ROWS], divisors[:ROWS]),
+            ):
+                continue
+            for r in range(rows):
+                at = ROWS + row - start_row + r
+                maxima[at], divisors[at] = _merge(
+                    sums[at], maxima[at], divisors[at], sums[r], maxima[r], divisors[r]
+                )
+    for row in range(start_row, stop_row):
+        at, query = ROWS + row - start_row, head * group + row % group
+        _divide(sums[at], divisors[at], address_of(out[row // group]) + 4 * query * sums.shape[1])

@@ -18,7 +18,7 @@ from gemma_cli.runtime import attention, kv_cache, matmul
 from gemma_cli.runtime.embedding import embed
 from gemma_cli.runtime.kernel import entry, kernel
 from gemma_cli.runtime.layers import add, geglu, rms_norm, rotary_angles, rotate, soft_cap
-from gemma_cli.runtime.matmul import quantize_row
+from gemma_cli.runtime.matmul import FEW, quantize_row
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import address_of, load_f32, store_f32
 
@@ -65,16 +65,20 @@ class Inputs(NamedTuple):
     values: NDArray[np.float32]  # (n_tokens, n_in)
     codes: NDArray[np.int8]  # (n_tokens, n_in)
     scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
-    sums: NDArray[np.int32]  # (n_tokens, n_in / 32)
+    offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
 
 
 class Scratch(NamedTuple):
-    """Intermediate values of a chunk; `h` and `outputs` serve matrices of every width."""
+    """Intermediate values of a chunk; `h` and `outputs` serve matrices of every width.
+
+    `h` has rows to spare up to a multiple of matmul.TOKENS.
+    """
 
     x: NDArray[np.float32]  # (chunk, hidden_size), the residual stream
     h: Inputs  # of the widest matrix
     outputs: NDArray[np.float32]  # (chunk, widest set of matrix outputs)
-    queries: NDArray[np.float32]  # (chunk, n_heads, head_dim)
+    queries: NDArray[np.float32]  # (chunk * n_heads * head_dim + what attention reads beyond,)
+    panels: NDArray[np.uint8]  # (n_threads, 16 matmul.PANEL)
     angles: NDArray[np.float32]  # (2 global or sliding, 2 cos or sin, chunk, head_dim / 2)
     attention: attention.Scratch
 
@@ -86,51 +90,69 @@ GATE_PART = 2048  # outputs of GeGLU that one thread computes at once
 # The stages. Each does one item of its work: a token, a part of one, or some tiles of a matrix.
 
 
+@kernel
+def _position(t, positions, n_tokens):
+    """A token's position: sequences lie one after the other, with the same number of tokens."""
+    length = n_tokens // positions.size
+    return positions[t // length] + t % length
+
+
 @stage
-def _start_token(t, thread, s, weights, scratch, tokens, position, h):
+def _start_token(t, thread, s, weights, scratch, tokens, positions, h):
     """The token's embedding, its rotary angles, and the first norm."""
     x = scratch.x[t]
+    position = _position(t, positions, tokens.size)
     embed(weights.matrices[7 * s.n_layers], tokens[t], np.float32(np.sqrt(x.size)), x)
     for kind in range(2):
         rotary_angles(
-            position + t,
+            position,
             s.rope_local_base if kind else s.rope_base,
             1.0 if kind else s.rope_scale,
             scratch.angles[kind, 0, t],
             scratch.angles[kind, 1, t],
         )
     rms_norm(x, weights.norms[0, ATTN_NORM], s.rms_norm_eps, h.values[t])
-    quantize_row(h.values[t], h.codes[t], h.scales[t], h.sums[t])
+    quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
 
 
 @stage
-def _place_token(t, thread, s, qkv, norms, angles, cache, is_int8, position, queries):
-    """Queries normalized, rotated, scaled; keys normalized, rotated and stored; values stored."""
-    d, cos, sin = s.head_dim, angles[0, t], angles[1, t]
-    slot = (position + t) % cache[kv_cache.CAPACITY]
-    for head in range(s.n_heads):
-        query = queries[t, head]
-        source = address_of(qkv[t]) + 4 * head * d
-        for i in range(0, 4 * d, 64):
-            store_f32(address_of(query) + i, load_f32(source + i))
+def _place_head(item, thread, s, qkv, norms, angles, positions, caches, layer, is_int8, queries):
+    """A query head normalized, rotated, scaled; or a key normalized, rotated, stored with its value.
+
+    queries: float32 (n_kv_heads, n_tokens * group, head_dim).
+    """
+    t, head = item // (s.n_heads + s.n_kv_heads), item % (s.n_heads + s.n_kv_heads)
+    n_tokens, d = qkv.shape[0], s.head_dim
+    vector, cos, sin = qkv[t, head * d : (head + 1) * d], angles[0, t], angles[1, t]
+    if head < s.n_heads:
         if norms[Q_NORM]:
-            rms_norm(query, norms[Q_NORM], s.rms_norm_eps, query)
-        rotate(query, cos, sin, np.float32(s.query_scale))
-    n = s.n_kv_heads
-    for head in range(n):
-        start = (s.n_heads + head) * d
-        key, value = qkv[t, start : start + d], qkv[t, start + n * d : start + (n + 1) * d]
+            rms_norm(vector, norms[Q_NORM], s.rms_norm_eps, vector)
+        rotate(vector, cos, sin, np.float32(s.query_scale))
+        group = s.n_heads // s.n_kv_heads
+        target = address_of(queries[head // group, t * group + head % group])
+        for i in range(0, 4 * d, 64):
+            store_f32(target + i, load_f32(address_of(vector) + i))
+    else:
         if norms[K_NORM]:
-            rms_norm(key, norms[K_NORM], s.rms_norm_eps, key)
-        rotate(key, cos, sin, np.float32(1))
-        keys, values = cache[kv_cache.KEYS], cache[kv_cache.VALUES]
-        attention.store_head(key, n, head, slot, is_int8, keys, cache[kv_cache.KEY_SCALES])
-        attention.store_head(value, n, head, slot, is_int8, values, cache[kv_cache.VALUE_SCALES])
+            rms_norm(vector, norms[K_NORM], s.rms_norm_eps, vector)
+        rotate(vector, cos, sin, np.float32(1))
+        start = (head + s.n_kv_heads) * d
+        cache = caches[t // (n_tokens // positions.size), layer]
+        slot = _position(t, positions, n_tokens) % cache[kv_cache.CAPACITY]
+        value = qkv[t, start : start + d]
+        attention.store_head(vector, value, cache, head - s.n_heads, slot, is_int8)
 
 
 @stage
-def _quantize_token(t, thread, h):
-    quantize_row(h.values[t], h.codes[t], h.scales[t], h.sums[t])
+def _mix_token(t, thread, s, positions, window, scratch, mixed):
+    """The token's attention, where it is in parts still, put together and rounded."""
+    n_tokens = mixed.values.shape[0]
+    if n_tokens <= FEW:
+        n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
+        attention.merge_spans(
+            t, positions, n_rows, s, window, scratch.attention, thread, mixed.values[t]
+        )
+    quantize_row(mixed.values[t], mixed.codes[t], mixed.scales[t], mixed.offsets[t])
 
 
 @stage
@@ -140,7 +162,7 @@ def _add_token(t, thread, x, y, post_norm, next_norm, eps, h):
         rms_norm(y[t, : x.shape[1]], post_norm, eps, y[t, : x.shape[1]])
     add(x[t], y[t])
     rms_norm(x[t], next_norm, eps, h.values[t])
-    quantize_row(h.values[t], h.codes[t], h.scales[t], h.sums[t])
+    quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
 
 
 @stage
@@ -153,7 +175,7 @@ def _gate_part(item, thread, gate_up, h):
     geglu(gate_up[t, start:stop], gate_up[t, width + start : width + stop], h.values[t, start:stop])
     runs = slice(start // 32, stop // 32)
     quantize_row(
-        h.values[t, start:stop], h.codes[t, start:stop], h.scales[t, runs], h.sums[t, runs]
+        h.values[t, start:stop], h.codes[t, start:stop], h.scales[t, runs], h.offsets[t, runs]
     )
 
 
@@ -170,26 +192,14 @@ def _inputs(h, n_tokens, n_in):
         h.values[:n_tokens, :n_in],
         h.codes[:n_tokens, :n_in],
         h.scales[:n_tokens, : n_in // 32],
-        h.sums[:n_tokens, : n_in // 32],
+        h.offsets[:n_tokens, : n_in // 32],
     )
 
 
 @kernel
-def _multiply(counters, row, thread, n_threads, matrices, h, y):
+def _multiply(counters, row, thread, n_threads, matrices, h, y, panels):
     items = matmul.n_items(matrices, n_threads)
-    matmul.matmul(
-        counters,
-        row,
-        items,
-        thread,
-        matrices,
-        h.values,
-        h.codes,
-        h.scales,
-        h.sums,
-        y,
-        n_threads,
-    )
+    matmul.matmul(counters, row, items, thread, matrices, h, y, panels, n_threads)
 
 
 def n_stages(n_layers: int) -> int:
@@ -199,61 +209,81 @@ def n_stages(n_layers: int) -> int:
 
 @entry
 def forward(
-    thread, counters, s, weights, cache, is_int8, scratch, tokens, position, logits, n_threads
+    thread, counters, s, weights, caches, is_int8, scratch, tokens, positions, logits, n_threads
 ):
-    """Runs tokens that follow each other and appends them to the cache.
+    """Runs tokens and appends them to their caches: many of one sequence, or one each of several.
 
     Called by n_threads threads with the same arguments but `thread`, 0 to n_threads - 1.
-    counters: of the team, for n_stages(n_layers), zeroed; s: Shape; cache: the KVCache's table,
-    int8 or float16; tokens: int32 (n_tokens,), at most a chunk; position: of the first. logits:
-    float32 (n_last, 16 x the embedding's tiles), filled for the last n_last tokens.
+    counters: of the team, for n_stages(n_layers), zeroed; s: Shape; caches: the KVCaches' tables,
+    int64 (n_sequences, n_layers, kv_cache.N_COLUMNS), all int8 or all float16; tokens: int32
+    (n_tokens,), at most a chunk, those of each sequence one after the other, as many of each;
+    positions: int64 (n_sequences,), of their first tokens; only one sequence if there are more
+    than FEW tokens. logits: float32 (n_last, 16 x the embedding's tiles), filled for the last
+    n_last tokens.
     """
     n, n_last, ffn = tokens.size, logits.shape[0], s.intermediate_size
     eps, matrices = s.rms_norm_eps, weights.matrices
-    y = scratch.outputs[:n]
-    x, queries = scratch.x[:n], scratch.queries[:n]
+    y, x, panels = scratch.outputs[:n], scratch.x[:n], scratch.panels
     h = _inputs(scratch.h, n, s.hidden_size)
     mixed = _inputs(scratch.h, n, s.n_heads * s.head_dim)
     gated = _inputs(scratch.h, n, ffn)
+    queries = scratch.queries[: n * s.n_heads * s.head_dim].reshape(
+        s.n_kv_heads, n * (s.n_heads // s.n_kv_heads), s.head_dim
+    )
 
-    _start_token(counters, 0, n, thread, s, weights, scratch, tokens, position, h)
+    _start_token(counters, 0, n, thread, s, weights, scratch, tokens, positions, h)
     for layer in range(s.n_layers):
         w, norms = matrices[7 * layer : 7 * layer + 7], weights.norms[layer]
         slides, row = weights.slides[layer], 1 + STAGES * layer
-        _multiply(counters, row, thread, n_threads, w[Q : V + 1], h, y)
-        _place_token(
+        window = s.sliding_window if slides else 0
+        _multiply(counters, row, thread, n_threads, w[Q : V + 1], h, y, panels)
+        _place_head(
             counters,
             row + 1,
-            n,
+            n * (s.n_heads + s.n_kv_heads),
             thread,
             s,
             y,
             norms,
             scratch.angles[int(slides)],
-            cache[layer],
+            positions,
+            caches,
+            layer,
             is_int8,
-            position,
             queries,
         )
-        items = attention.n_items(queries, s.n_kv_heads, n_threads)
-        attention.attend(
-            counters,
-            row + 2,
-            items,
-            thread,
-            queries,
-            position,
-            cache[layer],
-            s.n_kv_heads,
-            s.sliding_window if slides else 0,
-            s.attention_soft_cap,
-            is_int8,
-            scratch.attention,
-            mixed.values,
-            n_threads,
-        )
-        _quantize_token(counters, row + 3, n, thread, mixed)
-        _multiply(counters, row + 4, thread, n_threads, w[O : O + 1], mixed, y)
+        if n <= FEW:
+            attention.attend_spans(
+                counters,
+                row + 2,
+                attention.n_span_items(positions, n // positions.size, s, window),
+                thread,
+                queries,
+                positions,
+                caches,
+                layer,
+                s,
+                window,
+                is_int8,
+                scratch.attention,
+            )
+        else:
+            attention.attend_rows(
+                counters,
+                row + 2,
+                attention.n_row_items(n, s),
+                thread,
+                queries,
+                positions[0],
+                caches[0, layer],
+                s,
+                window,
+                is_int8,
+                scratch.attention,
+                mixed.values,
+            )
+        _mix_token(counters, row + 3, n, thread, s, positions, window, scratch, mixed)
+        _multiply(counters, row + 4, thread, n_threads, w[O : O + 1], mixed, y, panels)
         _add_token(
             counters,
             row + 5,
@@ -266,10 +296,10 @@ def forward(
             eps,
             h,
         )
-        _multiply(counters, row + 6, thread, n_threads, w[GATE : UP + 1], h, y)
+        _multiply(counters, row + 6, thread, n_threads, w[GATE : UP + 1], h, y, panels)
         parts = (ffn + GATE_PART - 1) // GATE_PART
         _gate_part(counters, row + 7, n * parts, thread, y, gated)
-        _multiply(counters, row + 8, thread, n_threads, w[DOWN : DOWN + 1], gated, y)
+        _multiply(counters, row + 8, thread, n_threads, w[DOWN : DOWN + 1], gated, y, panels)
         # The row after the last layer's holds the final norm in this column.
         next_norm = weights.norms[layer + 1, ATTN_NORM]
         _add_token(
@@ -291,7 +321,9 @@ def forward(
             h.values[n - n_last :],
             h.codes[n - n_last :],
             h.scales[n - n_last :],
-            h.sums[n - n_last :],
+            h.offsets[n - n_last :],
         )
-        _multiply(counters, row, thread, n_threads, matrices[7 * s.n_layers :], last, logits)
+        _multiply(
+            counters, row, thread, n_threads, matrices[7 * s.n_layers :], last, logits, panels
+        )
         _cap_token(counters, row + 1, n_last, thread, logits, s.final_soft_cap)

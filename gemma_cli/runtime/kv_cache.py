@@ -2,7 +2,14 @@
 
 A layer with a sliding window keeps a ring of the window's tokens and one chunk more, so that the
 tokens of a chunk are written before the first of them is attended to; other layers keep the whole
-context. Position p lies in slot p modulo the layer's capacity.
+context. Position p lies in slot p modulo the layer's capacity, a multiple of BLOCK.
+
+A layer's memory, head by head, so that a head's tokens are one stream:
+
+    keys    (n_kv_heads, capacity / BLOCK, head_dim, BLOCK): a tile's tokens side by side, as the
+            rows of a weight matrix are, so that a vector register holds the scores of 16 tokens
+    values  (n_kv_heads, capacity, head_dim)
+    scales  (n_kv_heads, capacity) for keys, the same for values; int8 only
 """
 
 import numpy as np
@@ -13,15 +20,18 @@ from quantize.config import GemmaConfig
 # Columns of the table that describes the cache to the kernels, a row a layer, int64. Scales are
 # there for int8 only.
 KEYS, VALUES, KEY_SCALES, VALUE_SCALES, CAPACITY = range(5)
+N_COLUMNS = 5
 
 KINDS = {"f16": np.float16, "int8": np.int8}
 
+BLOCK = 16
+"""Positions of a tile of keys; none lies across the end of a ring."""
+
 
 class KVCache:
-    """Keys and values: per layer (capacity, n_kv_heads, head_dim), float16 or int8.
+    """Keys and values of `length` tokens, float16 or int8 with one scale for a head and token.
 
-    int8 has one float32 scale for each token and head. `length` tokens are in it. Memory is taken
-    from the operating system as it is first used.
+    Memory is taken from the operating system as it is first used.
     """
 
     def __init__(self, config: GemmaConfig, context: int, kind: str, chunk_size: int) -> None:
@@ -31,7 +41,8 @@ class KVCache:
         self.chunk_size = chunk_size
         self.length = 0
         self._capacities = [
-            min(context, config.sliding_window + chunk_size) if slides else context
+            -(-min(context, config.sliding_window + chunk_size if slides else context) // BLOCK)
+            * BLOCK
             for slides in config.sliding_layers
         ]
         heads = sum(self._capacities) * config.n_kv_heads
@@ -41,7 +52,7 @@ class KVCache:
         self.table = self._table()
 
     def _table(self) -> NDArray[np.int64]:
-        table = np.zeros((self.config.n_layers, 5), np.int64)
+        table = np.zeros((self.config.n_layers, N_COLUMNS), np.int64)
         slots = 0
         for layer, capacity in enumerate(self._capacities):
             heads = slots * self.config.n_kv_heads

@@ -1,6 +1,6 @@
 """Matrix products: y[t, r] = sum over i of W[r, i] x[t, i], for one token or many.
 
-W lies in tiles of 16 rows (quantize.packing), and a kernel computes a whole tile for a few tokens
+W lies in tiles of 16 rows (quantize.packing), and a kernel computes a whole tile for TOKENS tokens
 at a time, each row in its own vector lane. Threads share the tiles of a matrix; every y is summed
 by one thread in one order, so results do not depend on the number of threads, nor on how many
 tokens go at once.
@@ -10,6 +10,10 @@ inputs, so that a group's dot product is an exact integer:
 
     y[t, r] = sum over groups g of w_scale[r, g] * sum over 32-input runs s of g of
               x_scale[t, s] * sum over i in s of w_code[r, i] x_code[t, i]
+
+For up to FEW tokens codes are used as they are read, at the memory's speed. For more, PANEL inputs
+of a tile at a time are first expanded to bytes, once for all tokens, in memory that stays in the
+L1 cache.
 """
 
 from gemma_cli.runtime import isa
@@ -21,21 +25,29 @@ from gemma_cli.runtime.vector import (
     add_scaled,
     address_of,
     dots_codebook,
+    dots_expanded,
     dots_int4,
     dots_int8,
+    expand_codebook,
+    expand_int4,
+    expand_planes,
     horizontal_max,
     load_bf16,
     load_f16,
     load_f32,
+    load_rows,
     prefetch,
     splat,
     store_i8,
     store_rows,
     zeros,
 )
+from quantize.packing import SLAB_TILES
 
 # The formats of a matrix, as the kernels know them; int4 with equal steps needs no codebook.
-INT4, INT4_CODEBOOK, INT8, BF16, F32 = range(5)
+INT4, INT4_CODEBOOK, INT8, PLANES, BF16, F32 = range(6)
+# Codes that _expand has laid out one after the other: of INT4, and of the others.
+EXPANDED, BYTES = 6, 7
 
 # Columns of the table that describes matrices to the kernels, int64.
 ADDRESS, FORMAT, N_TILES, N_IN, GROUP_SIZE, CODEBOOK = range(6)
@@ -44,16 +56,25 @@ N_COLUMNS = 6
 TOKENS = 8 if isa.NAME == "avx512vnni" else 4
 """Tokens whose sums are held at once: what fits the vector registers."""
 
+FEW = 16
+"""Tokens up to which codes are used as they are read."""
+
+PANEL = 1024
+"""Inputs of a tile that are expanded at once, a multiple of every group size: 16 KB."""
+
+SIDE = 8
+"""Tiles whose PANEL inputs are used one after the other."""
+
 _AHEAD = 1024  # Bytes from a block to the one to ask the memory for.
 _SCALES = 32  # Bytes of the 16 float16 scales that open a block.
 
 
 @kernel
-def quantize_row(x, codes, scales, sums):
+def quantize_row(x, codes, scales, offsets):
     """Rounds one row of inputs to int8, with one scale for 32 of them.
 
     x: float32 (n,), n a multiple of 32 -> codes int8 (n,); scales float32 (n / 32,), the largest
-    magnitude / 127; sums int32 (n / 32,), of the codes. x is about scale * code.
+    magnitude / 127; offsets int32 (n / 32,), -128 times the codes' sum. x is about scale * code.
     """
     source, target = address_of(x), address_of(codes)
     for g in range(scales.size):
@@ -61,58 +82,121 @@ def quantize_row(x, codes, scales, sums):
         largest = max(horizontal_max(absolute(first)), horizontal_max(absolute(second)))
         scales[g] = largest / 127
         inverse = splat(127 / largest if largest > 1e-30 else 0.0)
-        total = store_i8(target + 32 * g, first * inverse)
-        sums[g] = total + store_i8(target + 32 * g + 16, second * inverse)
+        total = store_i8(target + 32 * g, 1, first * inverse)
+        total += store_i8(target + 32 * g + 16, 1, second * inverse)
+        offsets[g] = -128 * total
 
 
-def _tile_kernel(n):
-    """The kernel of one tile for n tokens: the same code for a single one and for several."""
+def _float_kernel(n):
+    """The kernel of a bf16 or f32 tile for n tokens: the same code for one and for several."""
 
     @kernel
-    def tile(matrix, w, x, x_stride, codes, codes_stride, scales, sums, sums_stride, y, y_stride):
-        """Fills y[t, 0:16] for n tokens.
+    def multiply(matrix, w, x, stride, y, y_stride, count):
+        """Fills y[t, 0:16] for the first `count` of n tokens.
 
-        matrix: a row of the table; w: the tile's address; x, codes, scales, sums: addresses of the
-        first token's inputs, as float32 and as quantize_row leaves them; y: address of the first
-        token's 16 outputs. Tokens are `..._stride` bytes apart, scales as far as sums.
+        matrix: a row of the table; w: the tile's address; x: address of the first token's inputs,
+        float32; y: address of its 16 outputs; tokens are `stride` and `y_stride` bytes apart.
         """
-        n_in, group_size, fmt = matrix[N_IN], matrix[GROUP_SIZE], matrix[FORMAT]
         acc = zeros(n)
-        if fmt == F32:
-            for _ in range(n_in):
-                acc = add_outer(acc, load_f32(w), x, x_stride)
-                w, x = w + 64, x + 4
-        elif fmt == BF16:
-            for _ in range(n_in):
-                acc = add_outer(acc, load_bf16(w), x, x_stride)
-                w, x = w + 32, x + 4
-        else:
-            for _ in range(n_in // group_size):
-                scale = load_f16(w)
-                w += _SCALES
-                for _ in range(group_size // 32):
-                    for line in range(0, 512 if fmt == INT8 else 256, 64):
+        for _ in range(matrix[N_IN]):
+            if matrix[FORMAT] == F32:
+                acc = add_outer(acc, load_f32(w), x, stride)
+                w += 64
+            else:
+                acc = add_outer(acc, load_bf16(w), x, stride)
+                w += 32
+            x += 4
+        store_rows(y, y_stride, acc, count)
+
+    return multiply
+
+
+def _coded_kernel(n):
+    """The kernel of some groups of a tile's codes for n tokens."""
+
+    @kernel
+    def multiply(
+        fmt,
+        n_groups,
+        group_size,
+        scale,
+        w,
+        step,
+        codebook,
+        codes,
+        codes_stride,
+        scales,
+        offsets,
+        stride,
+        y,
+        y_stride,
+        count,
+        first,
+    ):
+        """Adds to y[t, 0:16], or fills it if this is the `first` part, for `count` of n tokens.
+
+        fmt: of the codes at the address w. scale: address of the first group's scales, `step`
+        bytes from those of the next, and so are codes that were not expanded. codes, scales, offsets: addresses of the first token's inputs as
+        quantize_row leaves them; tokens are `codes_stride` and `stride` bytes apart.
+        """
+        acc = zeros(n) if first else load_rows(y, y_stride, count, n)
+        for _ in range(n_groups):
+            w_scale = load_f16(scale)
+            scale += step
+            for _ in range(group_size // 32):
+                if fmt == INT4:
+                    for line in range(0, 256, 64):
                         prefetch(w + _AHEAD + line)
-                    if fmt == INT4:
-                        dots = dots_int4(w, codes, codes_stride, sums, sums_stride, n)
-                        w += 256
-                    elif fmt == INT4_CODEBOOK:
-                        dots = dots_codebook(
-                            w, matrix[CODEBOOK], codes, codes_stride, sums, sums_stride, n
-                        )
-                        w += 256
-                    else:
-                        dots = dots_int8(w, codes, codes_stride, sums, sums_stride, n)
-                        w += 512
-                    acc = add_scaled(acc, dots, scale, scales, sums_stride)
-                    codes, scales, sums = codes + 32, scales + 4, sums + 4
-        store_rows(y, y_stride, acc)
+                    dots = dots_int4(w, codes, codes_stride, offsets, stride, n)
+                    w += 256
+                elif fmt == INT4_CODEBOOK:
+                    for line in range(0, 256, 64):
+                        prefetch(w + _AHEAD + line)
+                    dots = dots_codebook(w, codebook, codes, codes_stride, offsets, stride, n)
+                    w += 256
+                elif fmt == EXPANDED:
+                    dots = dots_expanded(w, codes, codes_stride, offsets, stride, n)
+                    w += 512
+                else:
+                    if fmt == INT8:
+                        for line in range(0, 512, 64):
+                            prefetch(w + _AHEAD + line)
+                    dots = dots_int8(w, codes, codes_stride, offsets, stride, n)
+                    w += 512
+                acc = add_scaled(acc, dots, w_scale, scales, stride)
+                codes, scales, offsets = codes + 32, scales + 4, offsets + 4
+            if fmt < EXPANDED:
+                w += _SCALES
+        store_rows(y, y_stride, acc, count)
 
-    return tile
+    return multiply
 
 
-_one_token = _tile_kernel(1)
-_some_tokens = _tile_kernel(TOKENS)
+_float_one, _float_some = _float_kernel(1), _float_kernel(TOKENS)
+_coded_one, _coded_some = _coded_kernel(1), _coded_kernel(TOKENS)
+
+
+@kernel
+def _expand(matrix, w, low, n_groups, panel):
+    """Expands the codes of some groups to bytes at the address `panel`; gives their new format.
+
+    w: address of the first group's codes; low: of its low nibbles, for PLANES.
+    """
+    fmt = matrix[FORMAT]
+    for _ in range(n_groups):
+        for _ in range(matrix[GROUP_SIZE] // 32):
+            for line in range(0, 256, 64):
+                prefetch(w + _AHEAD + line)
+            if fmt == INT4:
+                expand_int4(w, 0, panel)
+            elif fmt == INT4_CODEBOOK:
+                expand_codebook(w, matrix[CODEBOOK], panel)
+            else:
+                expand_planes(w, low, panel)
+                low += 256
+            w, panel = w + 256, panel + 512
+        w += _SCALES
+    return EXPANDED if fmt == INT4 else BYTES
 
 
 @kernel
@@ -123,8 +207,102 @@ def tile_bytes(matrix):
         return 64 * n_in
     if fmt == BF16:
         return 32 * n_in
-    run = 512 if fmt == INT8 else 256
+    run = 512 if fmt in (INT8, PLANES) else 256
     return n_in // matrix[GROUP_SIZE] * (_SCALES + matrix[GROUP_SIZE] // 32 * run)
+
+
+@kernel
+def tile_address(matrix, tile):
+    """Where a tile lies, and, for PLANES, its low nibbles."""
+    size = tile_bytes(matrix)
+    if matrix[FORMAT] != PLANES:
+        return matrix[ADDRESS] + tile * size, 0
+    low = 8 * matrix[N_IN]
+    before, within = tile // SLAB_TILES * SLAB_TILES, tile % SLAB_TILES
+    slab = matrix[ADDRESS] + before * size
+    n_tiles = min(SLAB_TILES, matrix[N_TILES] - before)
+    return slab + within * (size - low), slab + n_tiles * (size - low) + within * low
+
+
+@kernel
+def _multiply_part(matrix, tile, start, stop, h, y, y_stride, panel):
+    """Adds the inputs start to stop of one int4 or int8 tile; y: address of its first outputs."""
+    n_tokens, group_size, fmt = len(h.codes), matrix[GROUP_SIZE], matrix[FORMAT]
+    n_groups = (stop - start) // group_size
+    address, low = tile_address(matrix, tile)
+    step = _SCALES + group_size // 32 * (512 if fmt == INT8 else 256)
+    scale = address + start // group_size * step
+    w, ahead = scale + _SCALES, 0
+    if n_tokens > FEW or fmt == PLANES:
+        # While these tokens are multiplied, the next tile's codes come from the memory.
+        ahead = n_groups * step
+        if fmt != INT8:
+            w = address_of(panel)
+            fmt = _expand(matrix, scale + _SCALES, low + 8 * start, n_groups, w)
+    next_tile = scale + tile_bytes(matrix)
+    for t in range(0, n_tokens, TOKENS):
+        for line in range(ahead * t // n_tokens, ahead * (t + TOKENS) // n_tokens, 64):
+            prefetch(next_tile + line)
+        args = (
+            fmt,
+            n_groups,
+            group_size,
+            scale,
+            w,
+            step,
+            matrix[CODEBOOK],
+            address_of(h.codes[t, start:]),
+            h.codes.strides[0],
+            address_of(h.scales[t, start // 32 :]),
+            address_of(h.offsets[t, start // 32 :]),
+            h.scales.strides[0],
+            y + t * y_stride,
+            y_stride,
+            n_tokens - t,
+            start == 0,
+        )
+        if n_tokens == 1:
+            _coded_one(*args)
+        else:
+            _coded_some(*args)
+
+
+@kernel
+def _multiply_coded(matrix, first, last, h, y, y_stride, panel):
+    """int4 or int8 tiles; h: the inputs as in matmul, y: address of the first one's outputs.
+
+    Many tokens take SIDE tiles at a time through the inputs, so that these come from the L2 cache.
+    """
+    n_in = matrix[N_IN]
+    size = PANEL if len(h.codes) > FEW or matrix[FORMAT] == PLANES else n_in
+    for some in range(first, last, SIDE):
+        for start in range(0, n_in, size):
+            for tile in range(some, min(some + SIDE, last)):
+                _multiply_part(
+                    matrix,
+                    tile,
+                    start,
+                    min(start + size, n_in),
+                    h,
+                    y + 64 * (tile - first),
+                    y_stride,
+                    panel,
+                )
+
+
+@kernel
+def _multiply_floats(matrix, first, last, h, y, y_stride):
+    """bf16 or f32 tiles; as _multiply_coded."""
+    x, stride = h.values, h.values.strides[0]
+    for tile in range(first, last):
+        w, _ = tile_address(matrix, tile)
+        for t in range(0, len(x), TOKENS):
+            out = y + 64 * (tile - first) + t * y_stride
+            args = (matrix, w, address_of(x[t]), stride, out, y_stride, len(x) - t)
+            if len(x) == 1:
+                _float_one(*args)
+            else:
+                _float_some(*args)
 
 
 @kernel
@@ -134,39 +312,26 @@ def n_items(matrices, n_threads):
 
 
 @stage
-def matmul(item, thread, matrices, x, codes, scales, sums, y, n_threads):
+def matmul(item, thread, matrices, h, y, panels, n_threads):
     """Multiplies the same inputs by several matrices, whose outputs lie side by side.
 
-    Does one of n_items(matrices, n_threads) items. matrices: int64 (n_matrices, N_COLUMNS); x:
-    float32 (n_tokens, n_in), read by float formats; codes, scales, sums: the same from
-    quantize_row, (n_tokens, n_in), (n_tokens, n_in / 32) twice, read by the others; y: float32,
-    n_tokens rows of at least 16 times all tiles. Each row is contiguous.
+    Does one of n_items(matrices, n_threads) items. matrices: int64 (n_matrices, N_COLUMNS); h: the
+    inputs, values float32 (n_tokens, n_in), read by float formats, and the same from quantize_row,
+    codes (n_tokens, n_in), scales, offsets (n_tokens, n_in / 32), read by the others; y: float32,
+    n_tokens rows of at least 16 times all tiles. Each row is contiguous; of the inputs, there are
+    rows to spare up to a multiple of TOKENS. panels: uint8 (n_threads, 16 PANEL).
     """
-    n_tokens = x.shape[0]
-    x_stride, codes_stride = x.strides[0], codes.strides[0]
-    sums_stride, y_stride = sums.strides[0], y.strides[0]
+    y_stride = y.strides[0]
     total, items = matrices[:, N_TILES].sum(), n_items(matrices, n_threads)
     start, stop = total * item // items, total * (item + 1) // items
     before = 0  # tiles of the matrices passed
     for m in range(matrices.shape[0]):
         matrix = matrices[m]
-        n_tiles, size = matrix[N_TILES], tile_bytes(matrix)
-        for tile in range(max(start, before), min(stop, before + n_tiles)):
-            w = matrix[ADDRESS] + (tile - before) * size
-            out = address_of(y) + 64 * tile
-            t = 0
-            while t < n_tokens:
-                px, pc = address_of(x) + t * x_stride, address_of(codes) + t * codes_stride
-                ps, pn = address_of(scales) + t * sums_stride, address_of(sums) + t * sums_stride
-                py = out + t * y_stride
-                if t + TOKENS <= n_tokens:
-                    _some_tokens(
-                        matrix, w, px, x_stride, pc, codes_stride, ps, pn, sums_stride, py, y_stride
-                    )
-                    t += TOKENS
-                else:
-                    _one_token(
-                        matrix, w, px, x_stride, pc, codes_stride, ps, pn, sums_stride, py, y_stride
-                    )
-                    t += 1
+        n_tiles = matrix[N_TILES]
+        first, last = max(start, before), min(stop, before + n_tiles)
+        out = address_of(y) + 64 * first
+        if matrix[FORMAT] in (BF16, F32):
+            _multiply_floats(matrix, first - before, last - before, h, out, y_stride)
+        else:
+            _multiply_coded(matrix, first - before, last - before, h, out, y_stride, panels[thread])
         before += n_tiles

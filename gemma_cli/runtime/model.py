@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma_cli.runtime import attention, matmul, team
 from gemma_cli.runtime.forward import (
+    FEW,
     MATRICES,
     NORMS,
     Inputs,
@@ -28,7 +30,7 @@ from quantize.modelfile import MatrixSpec, ModelFile
 CHUNK_SIZE = 128
 """Tokens processed at once: bounds the scratch memory and the time until a signal is seen."""
 
-MOST_ROWS = 16
+MOST_ROWS = FEW
 """Tokens whose logits `forward_each` and `decode` give at once: each weight is read once for all."""
 
 Ids = Sequence[int] | NDArray[np.int32]
@@ -106,29 +108,44 @@ class Model:
     def _allocate(self) -> Scratch:
         c, chunk = self.config, self.chunk_size
         heads = c.n_heads * c.head_dim
+
+        def rows(n: int, dtype: type) -> NDArray[Any]:
+            # One cache line more than needed: rows a power of two apart would all meet in the
+            # same places of a cache.
+            return np.zeros((chunk + matmul.TOKENS, n + 64), dtype)
+
         widest = max(c.hidden_size, c.intermediate_size, heads)
         outputs = max(c.hidden_size, 2 * c.intermediate_size, heads + 2 * c.n_kv_heads * c.head_dim)
         return Scratch(
             x=np.zeros((chunk, c.hidden_size), np.float32),
             h=Inputs(
-                np.zeros((chunk, widest), np.float32),
-                np.zeros((chunk, widest), np.int8),
-                np.zeros((chunk, widest // 32), np.float32),
-                np.zeros((chunk, widest // 32), np.int32),
+                rows(widest, np.float32),
+                rows(widest, np.int8),
+                rows(widest // 32, np.float32),
+                rows(widest // 32, np.int32),
             ),
-            outputs=np.zeros((chunk, outputs), np.float32),
-            queries=np.zeros((chunk, c.n_heads, c.head_dim), np.float32),
+            outputs=rows(outputs, np.float32),
+            queries=np.zeros((chunk * c.n_heads + attention.ROWS) * c.head_dim, np.float32),
+            panels=np.zeros((self.n_threads, 16 * matmul.PANEL), np.uint8),
             angles=np.zeros((2, 2, chunk, c.head_dim // 2), np.float32),
-            attention=attention.allocate(self.n_threads, c.head_dim),
+            attention=attention.allocate(self.n_threads, c.head_dim, 0),
         )
 
     def new_cache(self, context: int, kv: str = "f16") -> KVCache:
         """An empty cache for `context` tokens; kv: "f16" or "int8"."""
         return KVCache(self.config, context, kv, self.chunk_size)
 
-    def _run(self, ids: NDArray[np.int32], cache: KVCache, logits: NDArray[np.float32]) -> None:
+    def _run(
+        self, ids: NDArray[np.int32], caches: Sequence[KVCache], logits: NDArray[np.float32]
+    ) -> None:
+        """Appends ids to the caches, as many to each, and fills the logits of the last ones."""
         wait(self._others)  # They may run still if Ctrl-C cut the last call short.
         self._counters[:] = 0
+        if len(ids) <= FEW:
+            self._reserve_partials(len(ids), caches[0].context)
+        tables = np.stack([cache.table for cache in caches])
+        positions = np.array([cache.length for cache in caches], np.int64)
+        is_int8 = caches[0].kind == "int8"
 
         def work(thread: int) -> None:
             forward(
@@ -136,11 +153,11 @@ class Model:
                 self._counters,
                 self._shape,
                 self._weights,
-                cache.table,
-                cache.kind == "int8",
+                tables,
+                is_int8,
                 self._scratch,
                 ids,
-                cache.length,
+                positions,
                 logits,
                 self.n_threads,
             )
@@ -149,7 +166,15 @@ class Model:
         work(0)
         for other in self._others:
             other.result()
-        cache.length += len(ids)
+        for cache in caches:
+            cache.length += len(ids) // len(caches)
+
+    def _reserve_partials(self, n_tokens: int, context: int) -> None:
+        c = self.config
+        n = attention.count_partials(c.n_heads, c.n_kv_heads, n_tokens, context)
+        if n > len(self._scratch.attention.partial_sums):
+            larger = attention.allocate(self.n_threads, c.head_dim, n)
+            self._scratch = self._scratch._replace(attention=larger)
 
     def _checked(self, ids: Ids, cache: KVCache) -> NDArray[np.int32]:
         array = np.ascontiguousarray(ids, np.int32)
@@ -182,7 +207,7 @@ class Model:
         for start in range(0, len(array), self.chunk_size):
             chunk = array[start : start + self.chunk_size]
             done = start + len(chunk)
-            self._run(chunk, cache, self._logits if done == len(array) else nothing)
+            self._run(chunk, [cache], self._logits if done == len(array) else nothing)
             if progress:
                 progress(done)
         return self._logits[0, : self.config.vocab_size].copy()
@@ -219,6 +244,6 @@ class Model:
         starts = [*range(0, first, self.chunk_size), *range(first, len(array), size), len(array)]
         for start, stop in pairwise(starts):
             wanted = logits[: stop - start if start >= first else 0]
-            self._run(array[start:stop], cache, wanted)
+            self._run(array[start:stop], [cache], wanted)
             if len(wanted):
                 yield wanted[:, : self.config.vocab_size]

@@ -210,52 +210,53 @@ def _nibbles(b: ir.IRBuilder, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
 class _Group:
     """Emits the exact integer dot products of 16 rows with `n` tokens over 32 inputs.
 
-    Weights come as unsigned bytes w; what is summed is (w - zero) x. Where the CPU multiplies
-    unsigned by signed bytes, the sum of w x is taken and zero * sum(x) subtracted at the end;
-    elsewhere the bytes are made signed first.
+    Weights come as unsigned bytes w; what is summed is (w - zero) x, zero being 128 or 8. Where
+    the CPU multiplies unsigned by signed bytes, that is the sum of w x and an offset that the
+    token's inputs bring along, -128 sum(x); elsewhere the bytes are made signed first.
     """
 
-    def __init__(self, b: ir.IRBuilder, n: int, x: ir.Value, stride: ir.Value, zero: int) -> None:
+    def __init__(
+        self, b: ir.IRBuilder, n: int, x: ir.Value, stride: ir.Value, zero: int, small: bool
+    ) -> None:
         self.b, self.n, self.zero = b, n, zero
+        self.small = small and isa.NAME == "avx2"
         self.x = [b.add(x, b.mul(stride, _I64(t))) for t in range(n)]
         self.acc = [_const(_VI32, 0) for _ in range(n)]
         # Two sums of 16-bit words a token, for codes so small that eight products fit.
         self.words = [[_const(ir.VectorType(_I16, 16), 0)] * 2 for _ in range(n)]
 
-    def add(self, w: ir.Value, run: int) -> None:
-        """Adds inputs 4 run to 4 run + 3."""
-        b = self.b
-        if not _VNNI:
-            w = b.xor(w, _const(_VI8, 0x80)) if self.zero == 128 else b.sub(w, _const(_VI8, 8))
-        for t in range(self.n):
-            x = _broadcast4(b, _offset(b, self.x[t], 4 * run))
-            dot4 = _dot4_vnni if _VNNI else _dot4_signed
-            self.acc[t] = dot4(b, self.acc[t], w, x)
-
-    def add_small(self, codes: ir.Value, run: int) -> None:
-        """The same for codes 0 to 15, whose eight products of a group fit 16 bits on AVX2."""
-        if isa.NAME != "avx2":
-            self.add(codes, run)
+    def start(self, offsets: ir.Value, stride: ir.Value) -> None:
+        """Begins with the offsets, one int32 a token at an address, where they are needed."""
+        if not (_VNNI or self.small):
             return
         b = self.b
         for t in range(self.n):
-            x = _broadcast4(b, _offset(b, self.x[t], 4 * run))
-            for half in range(2):
-                pairs = _maddubs(b, _part(b, codes, half, 32), _part(b, x, half, 32))
-                self.words[t][half] = b.add(self.words[t][half], pairs)
+            offset = _splat(b, _load(b, b.add(offsets, b.mul(stride, _I64(t))), _I32))
+            self.acc[t] = offset if self.zero == 128 else b.ashr(offset, _const(_VI32, 4))
 
-    def result(self, sums: ir.Value, stride: ir.Value, small: bool) -> ir.Value:
-        """The n sums as an LLVM array; `sums` is the address of sum(x), one int32 a token."""
+    def add(self, w: ir.Value, run: int) -> None:
+        """Adds inputs 4 run to 4 run + 3."""
         b = self.b
-        wide = small and isa.NAME == "avx2"
+        if not (_VNNI or self.small):
+            w = b.xor(w, _const(_VI8, 0x80)) if self.zero == 128 else b.sub(w, _const(_VI8, 8))
+        for t in range(self.n):
+            x = _broadcast4(b, _offset(b, self.x[t], 4 * run))
+            if self.small:
+                for half in range(2):
+                    pairs = _maddubs(b, _part(b, w, half, 32), _part(b, x, half, 32))
+                    self.words[t][half] = b.add(self.words[t][half], pairs)
+            else:
+                dot4 = _dot4_vnni if _VNNI else _dot4_signed
+                self.acc[t] = dot4(b, self.acc[t], w, x)
+
+    def result(self) -> ir.Value:
+        """The n sums as an LLVM array."""
+        b = self.b
         array = ir.Constant(ir.ArrayType(_VI32, self.n), ir.Undefined)
         for t in range(self.n):
             acc = self.acc[t]
-            if wide:
-                acc = _concat(b, [_sum_pairs(b, words) for words in self.words[t]])
-            if wide or _VNNI:
-                x_sum = _load(b, b.add(sums, b.mul(stride, _I64(t))), _I32)
-                acc = b.sub(acc, _splat(b, b.mul(x_sum, _I32(self.zero))))
+            if self.small:
+                acc = b.add(acc, _concat(b, [_sum_pairs(b, words) for words in self.words[t]]))
             array = b.insert_value(array, acc, t)
         return array
 
@@ -264,28 +265,40 @@ class _Group:
 
 
 @intrinsic(prefer_literal=True)
-def dots_int4(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any):
+def dots_int4(
+    typingctx: Any, w: Any, x: Any, x_stride: Any, offsets: Any, offset_stride: Any, n: Any
+):
     """dot[t][r] = sum over 32 inputs i of (code[r, i] - 8) x[t, i], exact, for n tokens t.
 
     `w`: address of 4 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j in its low
     nibble, input 16 + 4 b + j in its high one. `x`: address of int8 inputs, tokens `x_stride`
-    bytes apart. `sums`: address of sum(x) as int32, `sum_stride` bytes apart. -> n x i32x16.
+    bytes apart. `offsets`: address of -128 sum(x) as int32, `offset_stride` bytes apart.
+    -> n x i32x16.
     """
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=8)
+        group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=8, small=True)
+        group.start(args[3], args[4])
         for run in range(4):
             low, high = _nibbles(b, _load(b, _offset(b, args[0], 64 * run), _VI8))
-            group.add_small(low, run)
-            group.add_small(high, run + 4)
-        return group.result(args[3], args[4], small=True)
+            group.add(low, run)
+            group.add(high, run + 4)
+        return group.result()
 
-    return types.UniTuple(I32X16, n.literal_value)(w, x, x_stride, sums, sum_stride, n), codegen
+    result = types.UniTuple(I32X16, n.literal_value)
+    return result(w, x, x_stride, offsets, offset_stride, n), codegen
 
 
 @intrinsic(prefer_literal=True)
 def dots_codebook(
-    typingctx: Any, w: Any, levels: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any
+    typingctx: Any,
+    w: Any,
+    levels: Any,
+    x: Any,
+    x_stride: Any,
+    offsets: Any,
+    offset_stride: Any,
+    n: Any,
 ):
     """As dots_int4, with codebook[code] in place of code - 8.
 
@@ -293,21 +306,20 @@ def dots_codebook(
     """
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        group = _Group(b, sig.args[6].literal_value, args[2], args[3], zero=128)
-        table = _load(b, args[1], ir.VectorType(_I8, 16))
-        table = _concat(b, [table] * 4)
-        for run in range(4):
-            low, high = _nibbles(b, _load(b, _offset(b, args[0], 64 * run), _VI8))
-            group.add(_shuffle16(b, table, low), run)
-            group.add(_shuffle16(b, table, high), run + 4)
-        return group.result(args[4], args[5], small=False)
+        group = _Group(b, sig.args[6].literal_value, args[2], args[3], zero=128, small=False)
+        group.start(args[4], args[5])
+        for run, codes in enumerate(_codebook_bytes(b, args[0], args[1])):
+            group.add(codes, run)
+        return group.result()
 
     result = types.UniTuple(I32X16, n.literal_value)
-    return result(w, levels, x, x_stride, sums, sum_stride, n), codegen
+    return result(w, levels, x, x_stride, offsets, offset_stride, n), codegen
 
 
 @intrinsic(prefer_literal=True)
-def dots_int8(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stride: Any, n: Any):
+def dots_int8(
+    typingctx: Any, w: Any, x: Any, x_stride: Any, offsets: Any, offset_stride: Any, n: Any
+):
     """dot[t][r] = sum over 32 inputs i of (byte[r, i] - 128) x[t, i], exact, for n tokens t.
 
     `w`: address of 8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j. The rest as
@@ -315,12 +327,77 @@ def dots_int8(typingctx: Any, w: Any, x: Any, x_stride: Any, sums: Any, sum_stri
     """
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=128)
+        group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=128, small=False)
+        group.start(args[3], args[4])
         for run in range(8):
             group.add(_load(b, _offset(b, args[0], 64 * run), _VI8), run)
-        return group.result(args[3], args[4], small=False)
+        return group.result()
 
-    return types.UniTuple(I32X16, n.literal_value)(w, x, x_stride, sums, sum_stride, n), codegen
+    result = types.UniTuple(I32X16, n.literal_value)
+    return result(w, x, x_stride, offsets, offset_stride, n), codegen
+
+
+@intrinsic(prefer_literal=True)
+def dots_expanded(
+    typingctx: Any, w: Any, x: Any, x_stride: Any, offsets: Any, offset_stride: Any, n: Any
+):
+    """As dots_int4, of codes that expand_int4 has laid out: 8 x 64 bytes."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=8, small=True)
+        group.start(args[3], args[4])
+        for run in range(8):
+            group.add(_load(b, _offset(b, args[0], 64 * run), _VI8), run)
+        return group.result()
+
+    result = types.UniTuple(I32X16, n.literal_value)
+    return result(w, x, x_stride, offsets, offset_stride, n), codegen
+
+
+def _int4_bytes(b: ir.IRBuilder, w: ir.Value) -> list[ir.Value]:
+    """The codes 0 to 15 of 32 inputs, in the order of the inputs."""
+    pairs = [_nibbles(b, _load(b, _offset(b, w, 64 * run), _VI8)) for run in range(4)]
+    return [low for low, _ in pairs] + [high for _, high in pairs]
+
+
+def _codebook_bytes(b: ir.IRBuilder, w: ir.Value, levels: ir.Value) -> list[ir.Value]:
+    """The levels + 128 of 32 inputs' codes."""
+    table = _concat(b, [_load(b, levels, ir.VectorType(_I8, 16))] * 4)
+    return [_shuffle16(b, table, codes) for codes in _int4_bytes(b, w)]
+
+
+def _planes_bytes(b: ir.IRBuilder, high: ir.Value, low: ir.Value) -> list[ir.Value]:
+    """The bytes (code + 128) of 32 inputs from their high nibbles and their low ones."""
+    four = _const(_VI8, 4)
+    pairs = zip(_int4_bytes(b, high), _int4_bytes(b, low), strict=True)
+    return [b.or_(b.shl(h, four), nibble) for h, nibble in pairs]
+
+
+def _expand(emit: Callable[..., list[ir.Value]], doc: str) -> Any:
+    @intrinsic
+    def function(typingctx: Any, w: Any, other: Any, target: Any):
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            for run, codes in enumerate(emit(b, args[0], args[1])):
+                _store(b, _offset(b, args[2], 64 * run), codes)
+            return context.get_dummy_value()
+
+        return types.void(w, other, target), codegen
+
+    function.__doc__ = doc
+    return function
+
+
+expand_int4 = _expand(
+    lambda b, w, other: _int4_bytes(b, w),
+    "32 inputs of int4 codes, `w` as in dots_int4, to 8 x 64 bytes at `target`.",
+)
+expand_codebook = _expand(
+    _codebook_bytes, "As expand_int4, to the levels + 128 of a codebook, as in dots_codebook."
+)
+expand_planes = _expand(
+    _planes_bytes,
+    "32 inputs of high nibbles and, at `other`, of low ones to the bytes of dots_int8.",
+)
 
 
 @intrinsic(prefer_literal=True)
@@ -364,16 +441,34 @@ def add_outer(typingctx: Any, acc: Any, w: Any, x: Any, stride: Any):
 
 
 @intrinsic
-def store_rows(typingctx: Any, address: Any, stride: Any, rows: Any):
-    """Stores each f32x16 of `rows`, `stride` bytes apart."""
+def store_rows(typingctx: Any, address: Any, stride: Any, rows: Any, count: Any):
+    """Stores the first `count` f32x16 of `rows`, `stride` bytes apart."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        address, stride, rows = args
+        address, stride, rows, count = args
         for t in range(sig.args[2].count):
-            _store(b, b.add(address, b.mul(stride, _I64(t))), b.extract_value(rows, t))
+            with b.if_then(b.icmp_signed("<", _I64(t), count)):
+                _store(b, b.add(address, b.mul(stride, _I64(t))), b.extract_value(rows, t))
         return context.get_dummy_value()
 
-    return types.void(address, stride, rows), codegen
+    return types.void(address, stride, rows, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_rows(typingctx: Any, address: Any, stride: Any, count: Any, n: Any):
+    """The n x f32x16 that store_rows has stored; beyond the first `count` any of them."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        address, stride, count, _ = args
+        rows = ir.Constant(ir.ArrayType(_VF32, sig.return_type.count), None)
+        last = b.sub(count, _I64(1))
+        for t in range(sig.return_type.count):
+            at = b.select(b.icmp_signed("<", _I64(t), count), _I64(t), last)
+            rows = b.insert_value(rows, _load(b, b.add(address, b.mul(stride, at)), _VF32), t)
+        return rows
+
+    result = types.UniTuple(F32X16, n.literal_value)
+    return result(address, stride, types.int64, n), codegen
 
 
 def _unary(emit: Callable[..., ir.Value], result: types.Type, doc: str) -> Any:
@@ -492,14 +587,23 @@ def store_scalar(typingctx: Any, address: Any, value: Any):
 
 
 @intrinsic
-def store_f16(typingctx: Any, address: Any, vector: Any):
-    """Stores an f32x16 as 16 float16, rounded to nearest, ties to even; |x| below 65,504."""
+def store_f16(typingctx: Any, address: Any, stride: Any, vector: Any):
+    """Stores an f32x16 as 16 float16, `stride` bytes apart, rounded to nearest, ties to even.
+
+    |x| must be below 65,504. A stride that is known to be 2 makes it one store.
+    """
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _store(b, args[0], _float_to_half(b, args[1]))
+        _store_lanes(b, args[0], args[1], _float_to_half(b, args[2]))
         return context.get_dummy_value()
 
-    return types.void(address, vector), codegen
+    return types.void(address, stride, vector), codegen
+
+
+def _store_lanes(b: ir.IRBuilder, address: ir.Value, stride: ir.Value, lanes: ir.Value) -> None:
+    for lane in range(LANES):
+        element = b.extract_element(lanes, _I32(lane))
+        _store(b, b.add(address, b.mul(stride, _I64(lane))), element)
 
 
 def _float_to_half(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -522,19 +626,22 @@ def _float_to_half(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def store_i8(typingctx: Any, address: Any, vector: Any):
-    """Rounds an f32x16 (|x| <= 127) to int8, ties to even, stores it and gives the sum, int32."""
+def store_i8(typingctx: Any, address: Any, stride: Any, vector: Any):
+    """Rounds an f32x16 (|x| <= 127) to int8, ties to even, and gives the sum, int32.
+
+    Stores the 16 bytes `stride` bytes apart.
+    """
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         magic = _const(_VF32, 12582912.0)
-        integers = b.fptosi(b.fsub(b.fadd(args[1], magic), magic), _VI32)
-        _store(b, args[0], b.trunc(integers, ir.VectorType(_I8, LANES)))
+        integers = b.fptosi(b.fsub(b.fadd(args[2], magic), magic), _VI32)
+        _store_lanes(b, args[0], args[1], b.trunc(integers, ir.VectorType(_I8, LANES)))
         while integers.type.count > 1:
             n = integers.type.count // 2
             integers = b.add(_part(b, integers, 0, n), _part(b, integers, 1, n))
         return b.extract_element(integers, _I32(0))
 
-    return types.int32(address, vector), codegen
+    return types.int32(address, stride, vector), codegen
 
 
 @intrinsic
