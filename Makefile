@@ -6,7 +6,7 @@ DEMO_MODEL := gemma-3-270m-int4
 # Tests keep their compiled kernels and models here, away from those in use.
 TEST_HOME := $(CURDIR)/.venv/test-home
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench-peers lint format clean
 
 demo: .venv/installed-demo
 	@$(BIN)/gemma-cli models 2>/dev/null | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
@@ -18,6 +18,10 @@ demo: .venv/installed-demo
 
 test: .venv/installed-dev
 	GEMMA_CLI_HOME=$(TEST_HOME) $(BIN)/python -m pytest
+
+# Measures beside llama.cpp; tests/bench_peers.py says what it needs and what ARGS can be.
+bench-peers: .venv/installed-dev
+	@$(BIN)/python tests/bench_peers.py $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
