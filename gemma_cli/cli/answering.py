@@ -21,12 +21,12 @@ RAW_TOKENS = 256  # a base model rarely ends by itself
 
 def make_sampler(file: ModelFile, given: Mapping[str, Any]) -> Sampler:
     """From the options given, else the model file's defaults, else Gemma's."""
-    from gemma_cli.sampling import Sampling, sampler
+    from gemma_cli.sampling import Sampler, Sampling
 
     types: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float}
     try:
         defaults = {name: types[name](x) for name, x in file.sampling.items() if name in types}
-        return sampler(Sampling(**{**defaults, **given}))
+        return Sampler(Sampling(**{**defaults, **given}))
     except (TypeError, ValueError) as error:
         raise GemmaError(
             f"{file.path} has sampling defaults that cannot be used ({error}); convert the "
