@@ -465,6 +465,15 @@ def test_chat_with_a_base_model(cli: Cli) -> None:
     assert "base model" in result.err
 
 
+def test_drafts_change_no_answer(cli: Cli) -> None:
+    # A random model that repeats itself soon.
+    for command, stdin in (("run", b"the man"), ("chat", b"the man\nten hens\n")):
+        args = (command, "-m", "chat", "-t", "0", "-n", "80", "--json")
+        made = [json.loads(line) for line in cli(*args, stdin=stdin).out.splitlines()]
+        plain = cli(*args, "--no-draft", stdin=stdin).out.splitlines()
+        assert [answer["ids"] for answer in made] == [json.loads(line)["ids"] for line in plain]
+
+
 def test_tokenize(cli: Cli, home: Path) -> None:
     tokenizer = load(home, "chat")[1]
     ids = tokenizer.encode("the ham\n")

@@ -34,6 +34,10 @@ class Cache:
     def length(self) -> int:
         return len(self.ids)
 
+    def truncate(self, length: int) -> None:
+        assert length <= self.length
+        del self.ids[length:]
+
 
 class Counter:
     """A model that counts on from the last id, with 256 ids; 99 is followed by EOS."""
@@ -48,6 +52,8 @@ class Counter:
         self,
         ids: Sequence[int],
         cache: Cache,
+        *,
+        n_best: int,
         progress: Callable[[int], None] | None = None,
     ) -> NDArray[np.float32]:
         if len(self.calls) == self.interrupt_at:

@@ -1,4 +1,4 @@
-"""What `run` and `chat` share: making one answer and printing it in the form asked for."""
+"""What `run`, `chat` and `map` share: making answers and printing them in the form asked for."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ def answer_prompt(
     *,
     stops: Sequence[str],
     max_tokens: int | None,
+    draft: bool,
 ) -> Answer:
     """Makes and prints one answer, with a progress bar if reading the prompt takes a while."""
     from gemma_cli.answer import respond
@@ -107,5 +108,6 @@ def answer_prompt(
             emit=form.piece,
             stops=stops,
             max_tokens=max_tokens,
+            draft=draft,
             progress=bar,
         )

@@ -153,6 +153,14 @@ Stop = Annotated[
         show_default=False,
     ),
 ]
+Draft = Annotated[
+    bool,
+    typer.Option(
+        "--draft/--no-draft",
+        help="Guess tokens from what was said before and check several at once: the same answer, "
+        "sooner where text repeats.",
+    ),
+]
 Context = Annotated[
     int | None,
     typer.Option(
