@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from gemma_cli.generation import FinishReason, generate
+from gemma_cli.generation import (
+    BATCH_SIZE,
+    FinishReason,
+    PromptTooLong,
+    generate,
+    generate_batch,
+)
 from gemma_cli.text.chat import stop_ids
 from gemma_cli.text.stream import StreamDecoder
 
 if TYPE_CHECKING:
     from gemma_cli.runtime import KVCache, Model
-    from gemma_cli.sampling import Sampler
+    from gemma_cli.sampling import Sampler, Sampling
     from gemma_cli.text.tokenizer import Tokenizer
 
 
@@ -164,3 +170,52 @@ def respond(
         reason = "interrupted"
     transcript.close(reason)
     return answer
+
+
+def respond_batch(
+    model: Model,
+    tokenizer: Tokenizer,
+    cache: KVCache,
+    prefix_ids: Sequence[int],
+    prompts: Iterable[Sequence[int]],
+    sampling: Sampling,
+    *,
+    stops: Sequence[str] = (),
+    max_tokens: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Answer | PromptTooLong]:
+    """Makes an answer for each prompt, several at a time, and yields them in order.
+
+    A prompt that is too long gives the error in place of its answer. Arguments and exceptions are
+    those of `generate_batch`; an answer's times go on while others are worked on.
+    """
+    transcripts: dict[int, Transcript] = {}
+    done: dict[int, Answer | PromptTooLong] = {}
+    turn = 0
+    for c in generate_batch(
+        model,
+        cache,
+        prefix_ids,
+        prompts,
+        sampling,
+        stop_ids(tokenizer),
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+    ):
+        if c.error:
+            done[c.index] = c.error
+        elif c.index not in transcripts:
+            answer = Answer(len(c.prompt_ids), prefilled=len(c.prompt_ids) - c.cached)
+            transcripts[c.index] = Transcript(answer, tokenizer, stops, lambda piece: None)
+        else:
+            transcript = transcripts[c.index]
+            transcript.clock()
+            for token in c.ids[len(transcript.answer.ids) :]:
+                if transcript.push(token):
+                    c.finish_reason = "stop"
+            if c.finish_reason:
+                transcript.close(c.finish_reason)
+                done[c.index] = transcripts.pop(c.index).answer
+        while turn in done:
+            yield done.pop(turn)
+            turn += 1
