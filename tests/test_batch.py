@@ -55,6 +55,7 @@ def together(
 prompts = st.lists(st.integers(2, VOCAB_SIZE - 1), min_size=1, max_size=12)
 
 
+@settings(deadline=None)  # threads take the time that they are given
 @given(
     st.integers(0, 1000),
     st.lists(st.integers(2, VOCAB_SIZE - 1), max_size=6),
@@ -201,7 +202,7 @@ class Digits:
         return bytes([ord("a") + token])
 
 
-@settings(deadline=None)  # the first call imports
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.lists(prompts, max_size=8), st.lists(st.text("cdef", min_size=1)))
 def test_answers_come_in_order(seed: int, asked: list[list[int]], stops: list[str]) -> None:
     tokenizer: Any = Digits()

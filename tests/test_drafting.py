@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markov import VOCAB_SIZE, Cache, Markov
 
@@ -103,6 +103,7 @@ samplings = st.builds(
 prompts = st.lists(st.integers(2, VOCAB_SIZE - 1), min_size=1, max_size=30)
 
 
+@settings(deadline=None)  # hundreds of calls of a model
 @given(
     st.integers(0, 1000), prompts, samplings, st.none() | st.integers(0, 50), st.integers(30, 60)
 )
@@ -123,6 +124,7 @@ def test_drafts_save_calls() -> None:
     assert len(model.calls) < 60  # it repeats itself after a while
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), prompts, samplings, st.integers(0, 40))
 def test_an_answer_left_early(seed: int, prompt: list[int], sampling: Sampling, n: int) -> None:
     """The cache holds what was said, and the sampler goes on as if there had been no drafts."""
