@@ -1,19 +1,26 @@
-"""An answer as it grows: ids to text, stop texts, the reason for its end, and its timing."""
+"""Answers as they grow: ids to text, stop texts, the reason for its end, and its timing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from gemma_cli.generation import FinishReason, generate
+from gemma_cli.generation import (
+    BATCH_SIZE,
+    FinishReason,
+    PromptTooLong,
+    generate,
+    generate_batch,
+)
 from gemma_cli.text.chat import stop_ids
 from gemma_cli.text.stream import StreamDecoder
 
 if TYPE_CHECKING:
     from gemma_cli.runtime import KVCache, Model
-    from gemma_cli.sampling import Sampler
+    from gemma_cli.sampling import Sampler, Sampling
     from gemma_cli.text.tokenizer import Tokenizer
 
 
@@ -73,6 +80,49 @@ def overlap(text: str, stop: str) -> int:
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
+class Transcript:
+    """Writes an answer down as its ids come: the text, where it stops, and the times.
+
+    `emit` is given the text piece by piece.
+    """
+
+    def __init__(
+        self,
+        answer: Answer,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        emit: Callable[[str], None],
+    ) -> None:
+        self.answer = answer
+        self._emit = emit
+        self._decoder, self._watch = StreamDecoder(tokenizer), StopTexts(stops)
+        self._started = perf_counter()
+
+    def clock(self) -> None:
+        """Takes the time at which an id or the end has come."""
+        passed = perf_counter() - self._started
+        if self.answer.prefill_s:
+            self.answer.decode_s = passed - self.answer.prefill_s
+        else:
+            self.answer.prefill_s = passed
+
+    def push(self, token: int) -> bool:
+        """Takes the next id; tells whether a stop text has ended the answer with it."""
+        self.answer.ids.append(token)
+        self._say(self._watch.push(self._decoder.push(token)))
+        return self._watch.found
+
+    def close(self, reason: FinishReason) -> None:
+        self.answer.finish_reason = reason
+        self._say(self._watch.push(self._decoder.flush()))
+        self._say(self._watch.flush())
+
+    def _say(self, piece: str) -> None:
+        if piece:
+            self.answer.text += piece
+            self._emit(piece)
+
+
 def respond(
     model: Model,
     tokenizer: Tokenizer,
@@ -83,21 +133,16 @@ def respond(
     emit: Callable[[str], None],
     stops: Sequence[str] = (),
     max_tokens: int | None = None,
+    draft: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Answer:
     """Makes one answer and gives its text to `emit` piece by piece.
 
-    Ctrl-C ends the answer, not the program: `finish_reason` is then "interrupted", and the cache
-    holds a beginning of `prompt_ids` + `ids`. Raises what `generate` raises.
+    Ctrl-C ends the answer, not the program: `finish_reason` is then "interrupted". The cache holds
+    a beginning of `prompt_ids` + `ids`. Raises what `generate` raises.
     """
     answer = Answer(len(prompt_ids), prefilled=len(prompt_ids) - cache.length)
-    decoder, watch = StreamDecoder(tokenizer), StopTexts(stops)
-
-    def say(piece: str) -> None:
-        if piece:
-            answer.text += piece
-            emit(piece)
-
+    transcript = Transcript(answer, tokenizer, stops, emit)
     ids = generate(
         model,
         cache,
@@ -105,29 +150,72 @@ def respond(
         sample,
         stop_ids(tokenizer),
         max_tokens=max_tokens,
+        draft=draft,
         progress=progress,
     )
-    started = perf_counter()
+    reason: FinishReason = "stop"
     try:
-        while True:
-            try:
-                token = next(ids)
-            except StopIteration as end:
-                answer.finish_reason = end.value
-                break
-            finally:
-                now = perf_counter()
-                if not answer.prefill_s:
-                    answer.prefill_s = now - started
-                else:
-                    answer.decode_s = now - started - answer.prefill_s
-            answer.ids.append(token)
-            say(watch.push(decoder.push(token)))
-            if watch.found:
-                answer.finish_reason = "stop"
-                break
+        with closing(ids):
+            while True:
+                try:
+                    token = next(ids)
+                except StopIteration as end:
+                    reason = end.value
+                    break
+                finally:
+                    transcript.clock()
+                if transcript.push(token):
+                    break
     except KeyboardInterrupt:
-        answer.finish_reason = "interrupted"
-    say(watch.push(decoder.flush()))
-    say(watch.flush())
+        reason = "interrupted"
+    transcript.close(reason)
     return answer
+
+
+def respond_batch(
+    model: Model,
+    tokenizer: Tokenizer,
+    cache: KVCache,
+    prefix_ids: Sequence[int],
+    prompts: Iterable[Sequence[int]],
+    sampling: Sampling,
+    *,
+    stops: Sequence[str] = (),
+    max_tokens: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Answer | PromptTooLong]:
+    """Makes an answer for each prompt, several at a time, and yields them in order.
+
+    A prompt that is too long gives the error in place of its answer. Arguments and exceptions are
+    those of `generate_batch`; an answer's times go on while others are worked on.
+    """
+    transcripts: dict[int, Transcript] = {}
+    done: dict[int, Answer | PromptTooLong] = {}
+    turn = 0
+    for c in generate_batch(
+        model,
+        cache,
+        prefix_ids,
+        prompts,
+        sampling,
+        stop_ids(tokenizer),
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+    ):
+        if c.error:
+            done[c.index] = c.error
+        elif c.index not in transcripts:
+            answer = Answer(len(c.prompt_ids), prefilled=len(c.prompt_ids) - c.cached)
+            transcripts[c.index] = Transcript(answer, tokenizer, stops, lambda piece: None)
+        else:
+            transcript = transcripts[c.index]
+            transcript.clock()
+            for token in c.ids[len(transcript.answer.ids) :]:
+                if transcript.push(token):
+                    c.finish_reason = "stop"
+            if c.finish_reason:
+                transcript.close(c.finish_reason)
+                done[c.index] = transcripts.pop(c.index).answer
+        while turn in done:
+            yield done.pop(turn)
+            turn += 1

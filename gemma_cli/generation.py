@@ -1,17 +1,28 @@
-"""Token ids to more token ids, one at a time."""
+"""Token ids to more token ids."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from queue import Empty, Queue
+from threading import Thread
 from typing import TYPE_CHECKING, Literal
 
+from gemma_cli.drafting import PromptLookup
 from quantize.errors import GemmaError
 
 if TYPE_CHECKING:  # so that the command line can name PromptTooLong without loading the kernels
+    import numpy as np
+    from numpy.typing import NDArray
+
     from gemma_cli.runtime import KVCache, Model
-    from gemma_cli.sampling import Sampler
+    from gemma_cli.sampling import Sampler, Sampling
 
 FinishReason = Literal["stop", "length", "interrupted"]
+
+BATCH_SIZE = 8
+AHEAD = 64  # answers of a batch that may wait for an earlier one
 
 
 class PromptTooLong(GemmaError):  # noqa: N818 (what happened, as in FileNotFound)
@@ -36,30 +47,202 @@ def generate(
     stop_ids: frozenset[int],
     *,
     max_tokens: int | None = None,
+    draft: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Generator[int, None, FinishReason]:
     """Yields sampled ids until a stop id (not yielded), `max_tokens` or the end of the cache.
 
     `prompt_ids` is the whole context. The first `cache.length` of them are those already in the
-    cache and are not computed again; at least one must be new. The id yielded last is not yet in
-    the cache. `progress` is called with the number of new prompt tokens done.
+    cache and are not computed again; at least one must be new. However the generator ends (`close`
+    and exceptions too), the cache then holds a beginning of `prompt_ids` and the ids yielded; the
+    one yielded last may be missing. `draft` guesses ids and has the model check several at once:
+    the same ids come faster where the text repeats itself. `progress` is called with the number of
+    new prompt tokens done.
 
     Returns "stop" or "length". Raises `PromptTooLong` if the cache cannot hold the prompt.
     """
-    if len(prompt_ids) > cache.capacity:
-        raise PromptTooLong(len(prompt_ids), cache.capacity, model.config.context_length)
+    end = context_end(model, cache, prompt_ids, max_tokens)
     if cache.length >= len(prompt_ids):
         raise ValueError("the prompt must go on beyond what the cache holds")
     context = list(prompt_ids)
-    if max_tokens == 0:
+    if end == len(context):
         return "length"
-    logits = model.forward(context[cache.length :], cache, progress=progress)
-    while True:
-        token = sample(logits, context)
+    lookup = PromptLookup(context) if draft else None
+    n_best = sample.sampling.n_best
+    new, drafted = context[cache.length :], list[int]()
+    try:
+        rows: Iterable[NDArray[np.float32]]
+        rows = [model.forward(new, cache, n_best=n_best, progress=progress)]
+        while True:
+            # A row of logits is right if the ids before it are: the first always, the next ones as
+            # far as the sampler draws what was drafted. It draws once for each id, from the same
+            # logits as without a draft; so the ids are the same.
+            for row, guess in zip_longest(rows, drafted):
+                token = sample(row, context)
+                if token in stop_ids:
+                    return "stop"
+                yield token
+                if token != guess:
+                    cache.truncate(len(context))
+                context.append(token)
+                if len(context) == end:
+                    return "length"
+                if token != guess:
+                    break
+            # The last id of the answer is never in the cache, so it cannot be drafted either.
+            drafted = lookup.draft(context, end - len(context) - 1) if lookup else []
+            new = [context[-1], *drafted]
+            if drafted:
+                rows = model.forward_each(new, cache, n_best=n_best)
+            else:
+                rows = [model.forward(new, cache, n_best=n_best)]
+    finally:
+        cache.truncate(min(cache.length, len(context)))
+
+
+def context_end(
+    model: Model, cache: KVCache, prompt_ids: Sequence[int], max_tokens: int | None
+) -> int:
+    """The most tokens that prompt and answer can have: one more than the cache, as the last id
+    needs no place in it. Raises `PromptTooLong` if the cache cannot hold the prompt."""
+    if len(prompt_ids) > cache.capacity:
+        raise PromptTooLong(len(prompt_ids), cache.capacity, model.config.context_length)
+    end = cache.capacity + 1
+    return end if max_tokens is None else min(end, len(prompt_ids) + max_tokens)
+
+
+@dataclass(slots=True)
+class Continuation:
+    """One prompt of a batch, and what has come of it."""
+
+    index: int
+    prompt_ids: Sequence[int]
+    cached: int = 0  # tokens of the prompt that were shared, and not computed for it
+    ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None  # None while it grows; whoever sets it ends it
+    error: PromptTooLong | None = None  # there will be no ids
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A continuation that grows."""
+
+    continuation: Continuation
+    cache: KVCache
+    sample: Sampler
+    context: list[int]
+    end: int  # of the context
+
+    def advance(self, logits: NDArray[np.float32], stop_ids: frozenset[int]) -> Continuation:
+        """Draws the next id, or finds the end."""
+        token = self.sample(logits, self.context)
         if token in stop_ids:
-            return "stop"
-        context.append(token)
-        yield token
-        if len(context) - len(prompt_ids) == max_tokens or cache.length == cache.capacity:
-            return "length"
-        logits = model.forward([token], cache)
+            self.continuation.finish_reason = "stop"
+            return self.continuation
+        self.context.append(token)
+        self.continuation.ids.append(token)
+        if len(self.context) == self.end:
+            self.continuation.finish_reason = "length"
+        return self.continuation
+
+
+def generate_batch(
+    model: Model,
+    cache: KVCache,
+    prefix_ids: Sequence[int],
+    prompts: Iterable[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    *,
+    max_tokens: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Continuation]:
+    """Goes on with up to `batch_size` prompts side by side, each weight read once for all of them.
+
+    The ids are those that `generate` makes of each prompt alone with `sampling.at(index)`. `cache`
+    holds `prefix_ids`; each prompt starts from a copy, as far as it begins the same. Prompts are
+    taken, in a thread of their own, when there is a place for them, so there may be endlessly many
+    and one may be long in coming while the others go on.
+
+    Yields a continuation when it begins, when an id has come, and when it ends; once, with its
+    error, for a prompt that the cache cannot hold. It ends too if its `finish_reason` is set. None
+    begins before the one AHEAD places before it has ended. An exception of `prompts` is raised when
+    the prompts before it are done.
+    """
+    from gemma_cli.runtime.model import MOST_ROWS  # noqa: PLC0415 (not with the command line)
+    from gemma_cli.sampling import Sampler  # noqa: PLC0415
+
+    if not 1 <= batch_size <= MOST_ROWS:
+        raise ValueError(f"the batch size must be between 1 and {MOST_ROWS}")
+    queue: Queue[Sequence[int] | Exception | None] = Queue(maxsize=1)
+    # A daemon: if nobody wants the rest, it waits for a place in the queue until the program ends.
+    Thread(target=_read, args=(prompts, queue), daemon=True).start()
+    lanes: list[_Lane] = []  # oldest first
+    begun, reading, failure = 0, True, None
+    while reading or lanes:
+        while reading and len(lanes) < batch_size:
+            if lanes and begun >= lanes[0].continuation.index + AHEAD:
+                break
+            try:
+                prompt_ids = queue.get(block=not lanes)
+            except Empty:
+                break
+            if prompt_ids is None or isinstance(prompt_ids, Exception):
+                reading, failure = False, prompt_ids
+                break
+            continuation = Continuation(begun, prompt_ids)
+            begun += 1
+            try:
+                end = context_end(model, cache, prompt_ids, max_tokens)
+            except PromptTooLong as error:
+                continuation.error = error
+                yield continuation
+                continue
+            own = _shared(cache, prefix_ids, prompt_ids)
+            continuation.cached = own.length
+            yield continuation
+            if end == len(prompt_ids):
+                continuation.finish_reason = "length"
+                yield continuation
+                continue
+            sample = Sampler(sampling.at(continuation.index))
+            lane = _Lane(continuation, own, sample, list(prompt_ids), end)
+            logits = model.forward(prompt_ids[own.length :], own, n_best=sampling.n_best)
+            yield lane.advance(logits, stop_ids)
+            if not continuation.finish_reason:
+                lanes.append(lane)
+        if lanes:
+            last, caches = [lane.context[-1] for lane in lanes], [lane.cache for lane in lanes]
+            rows = model.decode(last, caches, n_best=sampling.n_best)
+            for lane, row in zip(lanes, rows, strict=True):
+                yield lane.advance(row, stop_ids)
+            lanes = [lane for lane in lanes if not lane.continuation.finish_reason]
+    if failure:
+        raise failure
+
+
+def _read(prompts: Iterable[Sequence[int]], queue: Queue[Sequence[int] | Exception | None]) -> None:
+    """Puts each prompt into the queue, and at the end None or what went wrong."""
+    try:
+        for prompt_ids in prompts:
+            queue.put(prompt_ids)
+        queue.put(None)
+    except Exception as error:
+        queue.put(error)
+
+
+def _shared(cache: KVCache, prefix_ids: Sequence[int], prompt_ids: Sequence[int]) -> KVCache:
+    """A copy of the cache, which holds the prefix, with what the prompt begins with, less at least
+    its last id: that one gives the logits."""
+    own = cache.copy()
+    try:
+        own.truncate(n_common(prefix_ids, prompt_ids[:-1]))
+    except ValueError:  # a sliding window has gone past it
+        own.clear()
+    return own
+
+
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences begin with in common."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -5,15 +5,13 @@ more tokens. (llama.cpp applies it last. Top-k is the same before or after it.)
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantize.errors import GemmaError
-
-Sampler = Callable[[NDArray[np.float32], Sequence[int]], int]
 
 REPEAT_WINDOW = 64  # tokens that the repeat penalty looks back on, as in llama.cpp
 BLOCK = 256  # logits for each maximum in the search for the largest ones
@@ -47,16 +45,38 @@ class Sampling:
         if self.seed is not None and self.seed < 0:
             raise ValueError("the seed must be 0 or more")
 
+    @property
+    def n_best(self) -> int:
+        """How many of the largest logits decide the draw; 0 for all.
 
-def sampler(sampling: Sampling) -> Sampler:
-    """Returns a function of (logits (vocab_size,), history of ids) that draws the next id.
+        Any others may be -inf and nothing changes. A repeat penalty lowers at most REPEAT_WINDOW
+        of the largest ones, so that as many may come up from behind them; one below 1 raises
+        logits, wherever they are. Top-p alone takes its share of the sum over all.
+        """
+        kept = 1 if self.temperature == 0 else self.top_k
+        if not kept or self.repeat_penalty < 1:
+            return 0
+        return kept if self.repeat_penalty == 1 else kept + REPEAT_WINDOW
 
-    The function carries the random state: the same seed and the same logits give the same ids.
-    It raises `GemmaError` if the largest logit is not a finite number.
-    """
-    random = np.random.default_rng(sampling.seed)
+    def at(self, index: int) -> "Sampling":
+        """The same with a seed of its own, `seed + index`, for one of several prompts."""
+        return self if self.seed is None else replace(self, seed=self.seed + index)
 
-    def sample(logits: NDArray[np.float32], history: Sequence[int]) -> int:
+
+class Sampler:
+    """Draws one id after the other; the same seed and the same logits give the same ids."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
+        """The next id after the history's ids; the logits are (vocab_size,).
+
+        Takes one random number, or none if it is greedy. Raises `GemmaError` if the largest logit
+        is not a finite number.
+        """
+        sampling = self.sampling
         if sampling.repeat_penalty != 1:
             logits = penalize(logits, history[-REPEAT_WINDOW:], sampling.repeat_penalty)
         best = int(np.argmax(logits))  # the first NaN, if there is one
@@ -64,12 +84,11 @@ def sampler(sampling: Sampling) -> Sampler:
             raise GemmaError("The model's output is not a number: its file may be damaged.")
         if sampling.temperature == 0:
             return best
-        ids, probabilities = candidates(logits, sampling)
-        cumulative = np.cumsum(probabilities)
-        drawn = int(np.searchsorted(cumulative, random.random() * cumulative[-1], side="right"))
+        ids, weights = candidates(logits, sampling)
+        cumulative = np.cumsum(weights)
+        point = self._random.random() * cumulative[-1]
+        drawn = int(np.searchsorted(cumulative, point, side="right"))
         return int(ids[min(drawn, len(ids) - 1)])
-
-    return sample
 
 
 def penalize(

@@ -29,6 +29,7 @@ from quantize.pipeline import quantize
 
 GOLDEN = Path(__file__).parent / "golden"
 CONTEXT = 50_000
+COMMANDS = ("quantize", "run", "chat", "map", "bench", "eval", "inspect", "tokenize", "models")
 
 
 @dataclass
@@ -115,7 +116,7 @@ def in_json(text: str) -> str:
 
 def test_version_and_help(cli: Cli) -> None:
     assert re.fullmatch(r"gemma-cli \d+\.\d+\.\d+\n", cli("--version").out)
-    for command in ("quantize", "run", "chat", "bench", "eval", "inspect", "tokenize", "models"):
+    for command in COMMANDS:
         assert command in cli("--help").out
         result = cli(command, "--help")
         assert (result.status, result.err) == (0, "")
@@ -221,6 +222,9 @@ def test_nothing_to_answer(cli: Cli) -> None:
         ["run", "-m", "chat", "--raw", "--system", "b", "a"],
         ["quantize", "demo", "--bits", "5"],
         ["quantize", "demo", "--group-size", "16"],
+        ["map"],
+        ["map", "-m", "base", "--batch", "17", "a"],
+        ["map", "-m", "base", "--system", "b", "a"],
         ["bench", "-m", "base", "--prompt-tokens", "100000"],
         ["eval", "-m", "base"],
     ],
@@ -243,6 +247,8 @@ def test_failures_are_one_sentence(cli: Cli, tmp_path: Path) -> None:
         ["run", "-m", "base", "-f", tmp_path, "a"],
         ["inspect", "-m", damaged],
         ["run", "a"],  # two models to choose from
+        ["map", "a"],
+        ["map", "-m", "base", "-f", tmp_path / "none.txt", "a"],
         ["eval", "-m", "chat", "--text", damaged],
         ["eval", "-m", "chat", "--text", damaged, "--base", "base"],
         ["quantize", tmp_path],
@@ -463,6 +469,140 @@ def test_chat_with_a_base_model(cli: Cli) -> None:
     result = cli("chat", "-m", "base", "-t", "0", "-n", "5", stdin=b"the man\n")
     assert result.out == cli("run", "-m", "base", "-t", "0", "-n", "5", "the man").out + "\n"
     assert "base model" in result.err
+
+
+def test_drafts_change_no_answer(cli: Cli) -> None:
+    # A random model that repeats itself soon.
+    for command, stdin in (("run", b"the man"), ("chat", b"the man\nten hens\n")):
+        args = (command, "-m", "chat", "-t", "0", "-n", "80", "--json")
+        made = [json.loads(line) for line in cli(*args, stdin=stdin).out.splitlines()]
+        plain = cli(*args, "--no-draft", stdin=stdin).out.splitlines()
+        assert [answer["ids"] for answer in made] == [json.loads(line)["ids"] for line in plain]
+
+
+LINES = ["the man", "", "ten hens in the inn\r", "a\rham", "a man", "\udcff\udcfe", " the man "]
+
+
+@pytest.mark.parametrize("model", ["base", "chat"])
+def test_map_answers_each_line_as_run_does(cli: Cli, model: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.txt"
+    file.write_text("hens\n")
+    args = ("-m", model, "eat", "-f", file, "--top-k", "5", "-n", "12")
+    stdin = "\n".join(LINES).encode("utf-8", "surrogateescape")  # the last line has no end
+    result = cli("map", *args, "--ndjson", "--batch", "3", "--seed", "7", stdin=stdin)
+    assert (result.status, result.err) == (0, "")
+    made = [json.loads(line) for line in result.out.splitlines()]
+    plain = cli("map", *args, "--seed", "7", stdin=stdin)
+    assert (plain.status, plain.err) == (0, "")
+    shown = in_json(plain.out).split("\n")
+    assert shown.pop() == ""
+    assert len(made) == len(shown) == len(LINES)
+    for i, (line, answer) in enumerate(zip(LINES, made, strict=True)):
+        assert list(answer)[:2] == ["index", "input"]
+        assert (answer["index"], answer["input"]) == (i, in_json(line.removesuffix("\r")))
+        # `run` would take the lone \r for a newline, unless it comes in a file.
+        file = tmp_path / "line.txt"
+        file.write_bytes(line.encode("utf-8", "surrogateescape"))
+        alone = cli("run", *args, "-f", file, "--json", "--seed", str(7 + i)).json
+        assert list(answer)[2:] == list(alone)
+        for key in ("text", "ids", "prompt_tokens", "completion_tokens", "finish_reason"):
+            assert answer[key] == alone[key], (key, line)
+        assert shown[i] == re.sub("[\r\n]+", " ", answer["text"]).strip()
+
+
+def test_map_answers_the_rest_if_a_line_fails(cli: Cli) -> None:
+    long = "the man met ten men on the lane " * 9
+    args = ("map", "-m", "base", "-t", "0", "-n", "4", "-c", "40", "eat")
+    stdin = f"ham\n{long}\nhen\n".encode()
+    result = cli(*args, "--json", stdin=stdin)
+    first, second, third = [json.loads(line) for line in result.out.splitlines()]
+    assert (result.status, result.err) == (1, "")
+    assert list(second) == ["index", "input", "error"]
+    assert (second["index"], second["input"]) == (1, long)
+    assert "context holds 40" in second["error"]
+    assert (len(first["ids"]), len(third["ids"]), third["index"]) == (4, 4, 2)
+
+    result = cli(*args, stdin=stdin)
+    assert result.status == 1
+    assert re.fullmatch(r"gemma-cli: Line 2: [^\n]+ context holds 40[^\n]+\.\n", result.err)
+    lines = result.out.split("\n")
+    assert lines[0] != lines[1] == "" != lines[2]
+    assert lines[3:] == [""]
+
+    result = cli("map", "-m", "base", "-c", "5", long, stdin=b"ham\n")  # for every line
+    assert (result.status, result.out) == (3, "")
+
+
+def test_map_of_no_lines(cli: Cli) -> None:
+    result = cli("map", "-m", "base", "eat")
+    assert (result.status, result.out, result.err) == (0, "", "")
+    assert "0 lines" in cli("map", "-m", "base", "eat", "--stats").err
+
+
+def test_map_stops_at_stop_texts(cli: Cli) -> None:
+    options = ("-m", "base", "-t", "0", "-n", "30")
+    text = cli("run", *options, "eat\n\nham").out
+    stop = text[10:14]
+    result = cli("map", *options, "eat", "--ndjson", "--stop", stop, stdin=b"ham\nham\n")
+    made = [json.loads(line) for line in result.out.splitlines()]
+    assert [answer["text"] for answer in made] == [in_json(text[: text.index(stop)])] * 2
+    assert [answer["finish_reason"] for answer in made] == ["stop"] * 2
+
+
+def test_map_of_endless_input(home: Path) -> None:
+    command, environment = program(home)
+    line = " ".join(command) + " map -m base -n 3 eat"
+    result = subprocess.run(
+        ["bash", "-c", f"yes ham | {line} | head -2; echo ${{PIPESTATUS[@]}}"],
+        env=environment,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    *answers, statuses = result.stdout.decode("utf-8", "surrogateescape").splitlines()
+    assert (len(answers), statuses, result.stderr) == (2, "141 141 0", b"")
+
+
+def test_map_answers_before_the_next_line_comes(home: Path) -> None:
+    command, environment = program(home)
+    process = subprocess.Popen(
+        [*command, "map", "-m", "base", "-n", "3", "eat", "--ndjson"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin
+    assert process.stdout
+    for i in range(2):
+        process.stdin.write(b"ham\n")
+        process.stdin.flush()
+        assert select.select([process.stdout], [], [], 60)[0]
+        assert json.loads(process.stdout.readline())["index"] == i
+    process.send_signal(signal.SIGINT)  # while it waits for a line
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_ctrl_c_ends_map(home: Path) -> None:
+    command, environment = program(home)
+    process = subprocess.Popen(
+        [*command, "map", "-m", "base", "-t", "0", "-n", "150", "eat", "--ndjson"],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(b"ham\n" * 500)
+    process.stdin.flush()
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"")
+    answers = [json.loads(line) for line in out.splitlines()]  # whole ones only
+    assert len(answers) < 499
 
 
 def test_tokenize(cli: Cli, home: Path) -> None:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from gemma_cli.answer import Answer, StopTexts, respond
 from gemma_cli.generation import PromptTooLong, generate
-from gemma_cli.sampling import Sampling, sampler
+from gemma_cli.sampling import Sampler, Sampling
 
-GREEDY = sampler(Sampling(temperature=0))
+GREEDY = Sampler(Sampling(temperature=0))
 EOS = 1
 
 
@@ -34,6 +34,10 @@ class Cache:
     def length(self) -> int:
         return len(self.ids)
 
+    def truncate(self, length: int) -> None:
+        assert length <= self.length
+        del self.ids[length:]
+
 
 class Counter:
     """A model that counts on from the last id, with 256 ids; 99 is followed by EOS."""
@@ -48,6 +52,8 @@ class Counter:
         self,
         ids: Sequence[int],
         cache: Cache,
+        *,
+        n_best: int,
         progress: Callable[[int], None] | None = None,
     ) -> NDArray[np.float32]:
         if len(self.calls) == self.interrupt_at:
@@ -140,10 +146,12 @@ def test_what_the_cache_holds_is_not_computed_again() -> None:
 def test_the_sampler_sees_the_whole_context() -> None:
     seen: list[list[int]] = []
 
-    def sample(logits: NDArray[np.float32], history: Sequence[int]) -> int:
-        seen.append(list(history))
-        return int(logits.argmax())
+    class Watched(Sampler):
+        def __call__(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
+            seen.append(list(history))
+            return super().__call__(logits, history)
 
+    sample = Watched(Sampling(temperature=0))
     ids = generate(
         cast(Any, Counter()), cast(Any, Cache(ids=[2])), [2, 10], sample, frozenset(), max_tokens=2
     )

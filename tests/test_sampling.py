@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gemma_cli.sampling import REPEAT_WINDOW, Sampling, candidates, largest, sampler
+from gemma_cli.sampling import REPEAT_WINDOW, Sampler, Sampling, candidates, largest
 from quantize.errors import GemmaError
 
 
@@ -75,7 +75,7 @@ def test_draws_have_the_exact_frequencies(s: Sampling) -> None:
     logits = np.random.default_rng(0).normal(0, 1.5, 40).astype(np.float32)
     expected = reference(logits, s)
     n = 20_000
-    sample = sampler(s)
+    sample = Sampler(s)
     drawn = np.bincount([sample(logits, []) for _ in range(n)], minlength=40)
     for i in range(40):
         p = expected.get(i, 0.0)
@@ -88,7 +88,7 @@ def test_a_seed_fixes_the_draws() -> None:
     logits = np.zeros(1000, dtype=np.float32)
 
     def draws(seed: int | None) -> list[int]:
-        sample = sampler(Sampling(top_k=0, top_p=1.0, seed=seed))
+        sample = Sampler(Sampling(top_k=0, top_p=1.0, seed=seed))
         return [sample(logits, []) for _ in range(20)]
 
     assert draws(7) == draws(7)
@@ -96,19 +96,52 @@ def test_a_seed_fixes_the_draws() -> None:
     assert draws(None) != draws(None)
 
 
+@given(
+    tied_logits,
+    st.sampled_from([0.0, 0.5, 2.0]),
+    st.sampled_from([0, 1, 3, 64]),
+    st.sampled_from([0.7, 1.0]),
+    st.sampled_from([0.5, 1.0, 1.3, 4.0]),
+    st.integers(0, 2**32),
+)
+def test_n_best_logits_decide_the_draw(
+    logits: NDArray[np.float32],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    penalty: float,
+    seed: int,
+) -> None:
+    s = Sampling(temperature, top_k, top_p, repeat_penalty=penalty, seed=seed)
+    best = np.argsort(-logits, kind="stable")
+    masked = logits.copy()
+    masked[best[s.n_best or len(best) :]] = -np.inf
+    whole, part = Sampler(s), Sampler(s)
+    # The penalty falls where it can do most harm: on the largest logits.
+    for history in ([], best[:1], best[:REPEAT_WINDOW], best[: REPEAT_WINDOW // 2], best[-70:]):
+        assert whole(logits, list(history)) == part(masked, list(history))
+
+
+def test_n_best_is_no_more_than_needed() -> None:
+    assert Sampling().n_best == 64
+    assert Sampling(temperature=0, top_k=0).n_best == 1
+    assert Sampling(repeat_penalty=1.1).n_best == 64 + REPEAT_WINDOW
+    assert Sampling(top_k=0).n_best == Sampling(repeat_penalty=0.9).n_best == 0
+
+
 def test_greedy_takes_the_lowest_of_equal_ids() -> None:
     logits = np.array([1, 3, 2, 3], dtype=np.float32)
-    assert sampler(Sampling(temperature=0))(logits, []) == 1
+    assert Sampler(Sampling(temperature=0))(logits, []) == 1
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
     logits = np.array([1, 3, 2], dtype=np.float32)
-    assert sampler(Sampling(temperature=5e-324, seed=0))(logits, []) == 1
+    assert Sampler(Sampling(temperature=5e-324, seed=0))(logits, []) == 1
 
 
 def test_repeat_penalty() -> None:
     logits = np.array([2.0, 1.5, -1.0, -1.2, 0.0], dtype=np.float32)
-    greedy = sampler(Sampling(temperature=0, repeat_penalty=1.5))
+    greedy = Sampler(Sampling(temperature=0, repeat_penalty=1.5))
     assert greedy(logits, []) == 0
     assert greedy(logits, [0, 0]) == 1  # 2 / 1.5 once, however often it came
     assert greedy(logits, [0, 1, 4]) == 0
@@ -125,7 +158,7 @@ def test_logits_that_are_no_numbers(bad: float, temperature: float) -> None:
     logits = np.zeros(300, dtype=np.float32)
     logits[200] = bad
     with pytest.raises(GemmaError, match="not a number"):
-        sampler(Sampling(temperature=temperature))(logits, [])
+        Sampler(Sampling(temperature=temperature))(logits, [])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What `run` and `chat` share: making one answer and printing it in the form asked for."""
+"""What `run`, `chat` and `map` share: making answers and printing them in the form asked for."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RAW_TOKENS = 256  # a base model rarely ends by itself
 
 def make_sampler(file: ModelFile, given: Mapping[str, Any]) -> Sampler:
     """From the options given, else the model file's defaults, else Gemma's."""
-    from gemma_cli.sampling import Sampling, sampler
+    from gemma_cli.sampling import Sampler, Sampling
 
     types: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float}
     try:
         defaults = {name: types[name](x) for name, x in file.sampling.items() if name in types}
-        return sampler(Sampling(**{**defaults, **given}))
+        return Sampler(Sampling(**{**defaults, **given}))
     except (TypeError, ValueError) as error:
         raise GemmaError(
             f"{file.path} has sampling defaults that cannot be used ({error}); convert the "
@@ -91,6 +91,7 @@ def answer_prompt(
     *,
     stops: Sequence[str],
     max_tokens: int | None,
+    draft: bool,
 ) -> Answer:
     """Makes and prints one answer, with a progress bar if reading the prompt takes a while."""
     from gemma_cli.answer import respond
@@ -107,5 +108,6 @@ def answer_prompt(
             emit=form.piece,
             stops=stops,
             max_tokens=max_tokens,
+            draft=draft,
             progress=bar,
         )

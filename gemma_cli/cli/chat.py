@@ -35,6 +35,7 @@ def chat(
     repeat_penalty: options.RepeatPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    draft: options.Draft = True,
     context: options.Context = None,
     kv: options.KVFormat = options.KV.F16,
     threads: options.Threads = None,
@@ -88,7 +89,14 @@ def chat(
         prompt_ids = next_prompt(loaded.tokenizer, conversation, line, system, chatting)
         try:
             answer = answering.answer_prompt(
-                loaded, cache, prompt_ids, sample, form, stops=stop or [], max_tokens=max_tokens
+                loaded,
+                cache,
+                prompt_ids,
+                sample,
+                form,
+                stops=stop or [],
+                max_tokens=max_tokens,
+                draft=draft,
             )
         except PromptTooLong as error:
             if not interactive:

@@ -100,6 +100,13 @@ def read_files(paths: Sequence[Path]) -> list[str]:
         raise GemmaError(f"{error.filename} cannot be read: {error.strerror}.") from None
 
 
+def prompt_text(prompt: str | None, *texts: str) -> str:
+    """PROMPT and the texts of files and input, those that are not empty, with a blank line between
+    them; a last newline of a text does not count."""
+    stripped = (text.removesuffix("\n").removesuffix("\r") for text in texts)
+    return "\n\n".join(part for part in (prompt, *stripped) if part)
+
+
 def prompt_ids(tokenizer: Tokenizer, text: str, system: str | None, chat: bool) -> list[int]:
     """The ids of the first turn of a chat, or of a text to go on with."""
     from gemma_cli.text.chat import Turn, chat_prompt, raw_prompt

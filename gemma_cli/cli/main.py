@@ -10,6 +10,7 @@ import typer
 
 from gemma_cli import __version__
 from gemma_cli.cli import bench, chat, evaluate, inspect, models, output, quantize, run, tokenize
+from gemma_cli.cli import map as map_lines
 from gemma_cli.generation import PromptTooLong
 from quantize.errors import GemmaError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command("quantize")(quantize.quantize)
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
+app.command("map")(map_lines.map_lines)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)

@@ -153,6 +153,18 @@ Stop = Annotated[
         show_default=False,
     ),
 ]
+Draft = Annotated[
+    bool,
+    typer.Option(
+        "--draft/--no-draft",
+        help="Guess tokens from what was said before and check several at once: the same answer, "
+        "sooner where text repeats.",
+    ),
+]
+Batch = Annotated[
+    int,
+    typer.Option("--batch", min=1, max=16, metavar="N", help="Answer N lines at a time."),
+]
 Context = Annotated[
     int | None,
     typer.Option(
@@ -173,6 +185,9 @@ Stats = Annotated[bool, typer.Option("--stats", help="Print speeds to standard e
 NdJson = Annotated[
     bool,
     typer.Option("--ndjson", help="Print JSON lines: each piece of text, the whole object last."),
+]
+JsonLines = Annotated[
+    bool, typer.Option("--ndjson", "--json", help="Print a JSON object for each line.")
 ]
 
 

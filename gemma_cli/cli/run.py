@@ -25,6 +25,7 @@ def run(
     repeat_penalty: options.RepeatPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    draft: options.Draft = True,
     context: options.Context = None,
     kv: options.KVFormat = options.KV.F16,
     threads: options.Threads = None,
@@ -46,7 +47,8 @@ def run(
     git diff | gemma-cli run "Write a commit message." --system "Be terse."
     """
     started = perf_counter()
-    text = "\n\n".join(prompt_parts(prompt, loading.read_files(file or [])))
+    files = loading.read_files(file or [])
+    text = loading.prompt_text(prompt, *files, "" if sys.stdin.isatty() else sys.stdin.read())
     if not text:
         raise typer.BadParameter(
             'There is nothing to answer: give a prompt (gemma-cli run "Why is the sky blue?"), '
@@ -74,15 +76,15 @@ def run(
     form = answering.Form(json, ndjson, stats, newline=sys.stdout.isatty())
     load_s = perf_counter() - started
     answer = answering.answer_prompt(
-        loaded, cache, prompt_ids, sample, form, stops=stop or [], max_tokens=max_tokens
+        loaded,
+        cache,
+        prompt_ids,
+        sample,
+        form,
+        stops=stop or [],
+        max_tokens=max_tokens,
+        draft=draft,
     )
     form.end(answer, load_s)
     if answer.finish_reason == "interrupted":
         raise typer.Exit(130)
-
-
-def prompt_parts(prompt: str | None, files: list[str]) -> list[str]:
-    """What the prompt is made of, without what is empty."""
-    piped = "" if sys.stdin.isatty() else sys.stdin.read()
-    texts = (text.removesuffix("\n").removesuffix("\r") for text in (*files, piped))
-    return [part for part in (prompt, *texts) if part]

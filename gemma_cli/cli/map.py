@@ -1,0 +1,131 @@
+"""gemma-cli map: one answer for each line."""
+
+import re
+import sys
+from collections import deque
+from collections.abc import Iterator
+from time import perf_counter
+from typing import Annotated
+
+import typer
+
+from gemma_cli.cli import answering, loading, options, output
+from gemma_cli.generation import BATCH_SIZE, PromptTooLong, context_end, n_common
+
+
+def map_lines(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What to do with each line.", show_default=False)
+    ],
+    model: options.ModelName = None,
+    file: options.Files = None,
+    system: options.System = None,
+    chat: options.Chat = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    context: options.Context = None,
+    batch: options.Batch = BATCH_SIZE,
+    kv: options.KVFormat = options.KV.F16,
+    threads: options.Threads = None,
+    stats: options.Stats = False,
+    ndjson: options.JsonLines = False,
+) -> None:
+    """Print one answer for each line of standard input, in order.
+
+    Each prompt is PROMPT, then each --file, then the line, with a blank line between them: what
+    `run` makes of it. Several lines are answered at a time, and what their prompts begin with is
+    read once. An answer is printed as one line; a line that gets none leaves its line empty, and
+    the status is 1 at the end. With --seed S, line 1 gets the seed S, line 2 the seed S+1, ...
+
+    Examples:
+
+    gemma-cli map "Translate into French:" < words.txt > mots.txt
+
+    tail -f app.log | gemma-cli map "Is this an error? Yes or no." -n 3
+    """
+    from gemma_cli.answer import respond_batch
+
+    started = perf_counter()
+    files = loading.read_files(file or [])
+    given = options.given(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        seed=seed,
+    )
+    loaded = loading.load(model, threads)
+    chatting = loading.wants_chat(loaded.file, chat, system)
+    sampling = answering.make_sampler(loaded.file, given).sampling
+    if max_tokens is None and not chatting:
+        max_tokens = answering.RAW_TOKENS
+
+    def prompt_ids(line: str) -> list[int]:
+        text = loading.prompt_text(prompt, *files, line)
+        return loading.prompt_ids(loaded.tokenizer, text, system, chatting)
+
+    # Lines that could hardly be more different; what a line does not share is computed for it.
+    one, other = prompt_ids("a"), prompt_ids("0")
+    prefix_ids = one[: n_common(one, other)]
+    room = loading.ROOM_FOR_ANSWER if max_tokens is None else max_tokens
+    size = loading.context_size(loaded.file, context, len(prefix_ids) + room)
+    cache = loaded.model.new_cache(size, kv.value)
+    context_end(loaded.model, cache, prefix_ids, max_tokens)  # raises if it is too long for all
+    new = len(prefix_ids)
+    with output.progress_bar("Reading the prompt", new, shown=new > loaded.model.chunk_size) as bar:
+        loaded.model.forward(prefix_ids, cache, n_best=1, progress=bar)
+    lines: deque[str] = deque()  # read, and not answered yet
+
+    def prompts() -> Iterator[list[int]]:
+        for raw in sys.stdin.buffer:  # text would take a lone \r for the end of a line
+            lines.append(
+                raw.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+            )
+            yield prompt_ids(lines[-1])
+
+    load_s = perf_counter() - started
+    n_failed = n_read = n_made = 0
+    answers = respond_batch(
+        loaded.model,
+        loaded.tokenizer,
+        cache,
+        prefix_ids,
+        prompts(),
+        sampling,
+        stops=stop or [],
+        max_tokens=max_tokens,
+        batch_size=batch,
+    )
+    index = -1
+    for index, answer in enumerate(answers):
+        about = {"index": index, "input": lines.popleft()}
+        if isinstance(answer, PromptTooLong):
+            n_failed += 1
+            if ndjson:
+                output.write_json(about | {"error": str(answer)})
+            else:
+                output.write("\n")
+                output.note(f"gemma-cli: Line {index + 1}: {answer}")
+            continue
+        n_read += answer.prefilled
+        n_made += len(answer.ids)
+        if ndjson:
+            # No line but the first had to wait for the loading.
+            output.write_json(about | answering.as_json(answer, 0.0 if index else load_s))
+        else:
+            output.write(re.sub("[\r\n]+", " ", answer.text).strip() + "\n")
+    if stats:
+        seconds = perf_counter() - started - load_s
+        output.note(
+            f"loaded in {load_s:.2f} s; {index + 1} lines in {seconds:.2f} s: "
+            f"{n_read} tokens read, {n_made} made ({n_made / seconds:.1f}/s)"
+        )
+    if n_failed:
+        raise typer.Exit(1)
