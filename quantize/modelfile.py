@@ -9,12 +9,12 @@ Tensors
     tokenizer        U8 (n,)  a serialized SentencePiece model, then zeros
     a norm           F32 (n,) as it is applied (the 1 + already added), then zeros
     a matrix         tiles as packing.py lays them out:
-                     int4, int8: U8 (n_tiles, n_groups, block bytes)
+                     int4, int8, int8_planes: U8 (n_tiles, n_groups, block bytes)
                      bf16: BF16 (n_tiles, n_in, 16)     f32: F32 (n_tiles, n_in, 16)
 
 `__metadata__` holds strings, as the specification demands; those marked JSON are JSON texts:
     format           "gemma-cli"
-    version          "1"
+    version          "2"
     config           JSON, a GemmaConfig
     chat             "gemma", the turns of Gemma 1 to 3, or "base"
     sampling         JSON, the checkpoint's sampling defaults
@@ -52,7 +52,7 @@ from quantize.recipe import GROUP_SIZES
 from quantize.tensors import matrix_shapes, norm_sizes
 
 ALIGNMENT = 64
-VERSION = "1"
+VERSION = "2"
 CHATS = ("gemma", "base")
 _LARGEST_HEADER = 100_000_000
 _ITEM_BYTES = {"U8": 1, "BF16": 2, "F32": 4}
@@ -342,7 +342,7 @@ def _read_spec(name: str, stated: object, shape: tuple[int, int]) -> MatrixSpec:
         raise ValueError(f"matrix {name} is {n_out} x {n_in}, not {shape[0]} x {shape[1]}")
     if fmt not in packing.FORMATS:
         raise ValueError(f"matrix {name} has the unknown format {fmt!r}")
-    grouped = fmt in ("int4", "int8")
+    grouped = fmt in packing.CODE_FORMATS
     allowed = [size for size in GROUP_SIZES if n_in % size == 0] if grouped else [0]
     if group_size not in allowed:
         raise ValueError(f"matrix {name} has groups of {group_size}")

@@ -11,6 +11,10 @@ int4 and int8: a tile is a run of blocks, one for each group of `group_size` inp
                and input 16 + 4 b + j in its high nibble
         int8   8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j, as code + 128
 
+int8_planes: int8 in two planes, of which a reader may want only the first. A slab of SLAB_TILES
+tiles (the last one of what is left) is the high nibbles of code + 128 of all its tiles, as int4
+tiles with their scales, and then their low nibbles, as the same without scales.
+
 bf16 and f32: input by input, the weights of the 16 rows.
 
 Everything here is (n_tiles, ...) uint8 and little-endian.
@@ -28,8 +32,9 @@ SLAB_TILES = 64
 
 LARGEST_BFLOAT16 = np.float32(2**128 - 2**120)
 
-FORMATS = ("int4", "int8", "bf16", "f32")
-_CODE_BYTES = {"int4": 256, "int8": 512}  # for 32 inputs of 16 rows
+FORMATS = ("int4", "int8", "int8_planes", "bf16", "f32")
+CODE_FORMATS = ("int4", "int8", "int8_planes")
+_CODE_BYTES = {"int4": 256, "int8": 512, "int8_planes": 512}  # for 32 inputs of 16 rows
 _FLOAT_BYTES = {"bf16": 2, "f32": 4}
 _SCALE_BYTES = 2 * TILE_ROWS
 
@@ -39,7 +44,7 @@ def n_tiles(n_out: int) -> int:
 
 
 def block_bytes(fmt: str, group_size: int) -> int:
-    """Bytes of one group's block of an int4 or int8 tile."""
+    """Bytes of one group's block of a tile of codes; in planes, of both together."""
     return _SCALE_BYTES + group_size // RUN_INPUTS * _CODE_BYTES[fmt]
 
 
@@ -70,6 +75,21 @@ def _rows(runs: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return rows.reshape(len(runs) * TILE_ROWS, -1)
 
 
+def _pack_nibbles(runs: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Runs of 32 inputs' codes 0 to 15, (..., 8, 64), to (..., 4, 64) bytes."""
+    packed: NDArray[np.uint8] = runs[..., :4, :] | (runs[..., 4:, :] << np.uint8(4))
+    return packed
+
+
+def _unpack_nibbles(bytes_: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The reverse of _pack_nibbles."""
+    return np.concatenate([bytes_ & 0x0F, bytes_ >> 4], axis=-2)
+
+
+def _slabs(n: int) -> list[slice]:
+    return [slice(i, min(i + SLAB_TILES, n)) for i in range(0, n, SLAB_TILES)]
+
+
 def pack_codes(
     fmt: str,
     codes: NDArray[np.uint8] | NDArray[np.int8],
@@ -77,22 +97,29 @@ def pack_codes(
 ) -> NDArray[np.uint8]:
     """Codes and scales of whole rows -> tiles (n_tiles, tile_bytes).
 
-    codes: (n_rows, n_in), uint8 0 to 15 for int4, int8 for int8; scales: (n_rows, n_groups).
+    codes: (n_rows, n_in), uint8 0 to 15 for int4, else int8; scales: (n_rows, n_groups). For
+    int8_planes, whole slabs of rows, or what is left.
     """
     n_groups = scales.shape[1]
-    group_size = codes.shape[1] // n_groups
     whole = _whole_tiles(codes)
     whole_scales = _whole_tiles(scales).reshape(-1, TILE_ROWS, n_groups).transpose(0, 2, 1)
     tiles = len(whole_scales)
     if fmt == "int4":
-        runs = _runs(whole.view(np.uint8))
-        body = runs[:, :, :4] | (runs[:, :, 4:] << np.uint8(4))
+        body = _pack_nibbles(_runs(whole.view(np.uint8)))
     else:
         body = _runs(np.bitwise_xor(whole.view(np.uint8), np.uint8(128)))
-    blocks = np.empty((tiles, n_groups, block_bytes(fmt, group_size)), np.uint8)
+    if fmt == "int8_planes":
+        low = _pack_nibbles(body & np.uint8(0x0F)).reshape(tiles, -1)
+        body = _pack_nibbles(body >> np.uint8(4))
+    size = _SCALE_BYTES + body[0].size // n_groups
+    blocks = np.empty((tiles, n_groups, size), np.uint8)
     blocks[..., :_SCALE_BYTES] = np.ascontiguousarray(whole_scales).view(np.uint8)
     blocks[..., _SCALE_BYTES:] = body.reshape(tiles, n_groups, -1)
-    return blocks.reshape(tiles, -1)
+    high = blocks.reshape(tiles, -1)
+    if fmt != "int8_planes":
+        return high
+    planes = [part for slab in _slabs(tiles) for part in (high[slab].ravel(), low[slab].ravel())]
+    return np.concatenate(planes).reshape(tiles, -1)
 
 
 def unpack_codes(
@@ -100,13 +127,32 @@ def unpack_codes(
 ) -> tuple[NDArray[np.uint8] | NDArray[np.int8], NDArray[np.float16]]:
     """The reverse of pack_codes, with the filled-up rows: (16 n_tiles, n_in) and their scales."""
     n_groups = n_in // group_size
-    blocks = tiles.reshape(len(tiles), n_groups, block_bytes(fmt, group_size))
+    if fmt == "int8_planes":
+        high, low = _planes(tiles, 8 * n_in)
+        tiles = high
+    blocks = tiles.reshape(len(tiles), n_groups, -1)
     scales = np.ascontiguousarray(blocks[..., :_SCALE_BYTES]).view(np.float16)
     scales = scales.transpose(0, 2, 1).reshape(-1, n_groups)
     body = blocks[..., _SCALE_BYTES:].reshape(len(tiles), n_in // RUN_INPUTS, -1, 64)
     if fmt == "int4":
-        return _rows(np.concatenate([body & 0x0F, body >> 4], axis=2)), scales
+        return _rows(_unpack_nibbles(body)), scales
+    if fmt == "int8_planes":
+        low_body = _unpack_nibbles(low.reshape(body.shape))
+        body = _unpack_nibbles(body) << np.uint8(4) | low_body
     return (_rows(body) ^ np.uint8(128)).view(np.int8), scales
+
+
+def _planes(
+    tiles: NDArray[np.uint8], low_bytes: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The high and the low nibbles of every tile, (n_tiles, ...) each."""
+    high, low = [], []
+    for slab in _slabs(len(tiles)):
+        part = tiles[slab].ravel()
+        n = slab.stop - slab.start
+        high.append(part[: -n * low_bytes].reshape(n, -1))
+        low.append(part[-n * low_bytes :].reshape(n, -1))
+    return np.concatenate(high), np.concatenate(low)
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

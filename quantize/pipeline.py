@@ -63,19 +63,20 @@ def _exact_format(tensor: SourceTensor, fmt: str, group_size: int) -> bool:
     """Whether the source's blocks go over code for code."""
     if group_size != packing.RUN_INPUTS:
         return False
-    return tensor.dtype in {"int4": ("Q4_0", "IQ4_NL"), "int8": ("Q4_0", "Q5_0", "Q8_0")}.get(
-        fmt, ()
-    )
+    kept = {"int4": ("Q4_0", "IQ4_NL"), "int8": ("Q4_0", "Q5_0", "Q8_0")}
+    return tensor.dtype in kept.get(fmt.removesuffix("_planes"), ())
 
 
-def plan(source: Checkpoint, bits: int, group_size: int = 32) -> list[PlannedTensor]:
+def plan(
+    source: Checkpoint, bits: int, group_size: int = 32, recipe: str = "default"
+) -> list[PlannedTensor]:
     """What every matrix becomes. Raises GemmaError for a matrix that the groups do not fit."""
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}")
     planned = []
     for name, (n_out, n_in) in matrix_shapes(source.config).items():
-        tensor, fmt = source.tensors[name], format_of(name, bits)
-        grouped = fmt in ("int4", "int8")
+        tensor, fmt = source.tensors[name], format_of(name, bits, recipe)
+        grouped = fmt in packing.CODE_FORMATS
         if grouped and n_in % group_size:
             raise GemmaError(
                 f"{source.path} has {n_in} inputs in {name}, which groups of {group_size} do not "
@@ -108,8 +109,8 @@ def _tiles(
         if grid is None:
             raise ValueError(f"{planned.name} has no grid")
         _finite(grid.scales.astype(np.float32), planned.name, path)
-        if spec.format == "int8":
-            return packing.pack_codes("int8", grid.codes, grid.scales)
+        if spec.format != "int4":
+            return packing.pack_codes(spec.format, grid.codes, grid.scales)
         # IQ4_NL's codes are indices already; Q4_0's are -8 to 7.
         first = 0 if tensor.dtype == "IQ4_NL" else 8
         return packing.pack_codes("int4", (grid.codes + first).astype(np.uint8), grid.scales)
@@ -118,8 +119,8 @@ def _tiles(
     _finite(rows, planned.name, path)
     if spec.format == "int4":
         return packing.pack_codes("int4", *grouping.round_int4(rows, spec.group_size))
-    if spec.format == "int8":
-        return packing.pack_codes("int8", *grouping.round_int8(rows, spec.group_size))
+    if spec.format in packing.CODE_FORMATS:
+        return packing.pack_codes(spec.format, *grouping.round_int8(rows, spec.group_size))
     return packing.pack_floats(spec.format, rows)
 
 
@@ -174,16 +175,18 @@ def quantize(
     *,
     bits: int,
     group_size: int = 32,
+    recipe: str = "default",
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
     """Converts a checkpoint to a model file at `output`, which appears when it is complete.
 
-    bits: 4, 8, 16 or 32 a weight, as recipe.format_of distributes them. Raises GemmaError when
-    `output` exists without `force`, when it is (beside) the source, or when a weight is not finite.
+    bits: 4, 8, 16 or 32 a weight, as recipe.format_of distributes them by a recipe. Raises
+    GemmaError when `output` exists without `force`, when it is (beside) the source, or when a
+    weight is not finite.
     """
     started = time.perf_counter()
-    planned = plan(source, bits, group_size)
+    planned = plan(source, bits, group_size, recipe)
     norms = norm_sizes(source.config)
     total = sum(source.tensors[name].nbytes for name in [*norms, *(p.name for p in planned)])
     groups = f", groups of {group_size}" if bits in (4, 8) else ""
@@ -191,7 +194,7 @@ def quantize(
         config=source.config,
         chat=source.chat,
         sampling=source.sampling,
-        recipe=f"default, {bits} bits{groups}",
+        recipe=f"{recipe}, {bits} bits{groups}",
         source=os.fsencode(source.path.absolute().name).decode(errors="replace"),
         tokenizer_model=source.tokenizer_model,
         matrices={p.name: p.spec for p in planned},
@@ -206,7 +209,8 @@ def quantize(
 
     def parts(p: PlannedTensor, tensors_done: int) -> Iterator[NDArray[np.uint8]]:
         tensor, n_out = source.tensors[p.name], p.spec.n_out
-        step = max(1, _PIECE_WEIGHTS // p.spec.n_in // packing.TILE_ROWS) * packing.TILE_ROWS
+        whole = packing.TILE_ROWS * (packing.SLAB_TILES if p.spec.format == "int8_planes" else 1)
+        step = max(1, _PIECE_WEIGHTS // p.spec.n_in // whole) * whole
         pieces = [(start, min(start + step, n_out)) for start in range(0, n_out, step)]
         convert = partial(_tiles, tensor, p, source.path)
         for (start, stop), tiles in zip(pieces, _in_order(pool, convert, pieces), strict=True):

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from gemma_cli.runtime import attention, kv_cache, layers, matmul, team, vector
 from gemma_cli.runtime.embedding import embed
-from gemma_cli.runtime.forward import Inputs, Shape
+from gemma_cli.runtime.forward import Shape
+from gemma_cli.runtime.matmul import Inputs
 from quantize import packing
 from quantize.grouping import LINEAR_LEVELS, round_int4, round_int8
 from quantize.pipeline import IQ4_NL_LEVELS

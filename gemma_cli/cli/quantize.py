@@ -13,7 +13,7 @@ from gemma_cli import demo
 from gemma_cli.cli import options, output
 from gemma_cli.models import SUFFIX, models_folder
 from quantize.errors import GemmaError
-from quantize.recipe import FORMAT_OF_BITS
+from quantize.recipe import FORMAT_OF_BITS, RECIPES
 
 if TYPE_CHECKING:
     from quantize.checkpoint import Checkpoint
@@ -56,6 +56,14 @@ def quantize(
             help="Weights that share a scale: more are smaller and less exact.",
         ),
     ] = 32,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            callback=options.one_of(*RECIPES),
+            metavar="|".join(RECIPES),
+            help="small: with 4 bits, the embedding takes 4, too, instead of 8.",
+        ),
+    ] = "default",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
@@ -79,7 +87,8 @@ def quantize(
 
     name = demo.NAME if source == "demo" else checkpoint_name(source)
     groups = f"-g{group_size}" if group_size != 32 and bits in {4, 8} else ""
-    path = out or models_folder() / f"{name}-{FORMAT_OF_BITS[bits]}{groups}{SUFFIX}"
+    which = "" if recipe == "default" else f"-{recipe}"
+    path = out or models_folder() / f"{name}-{FORMAT_OF_BITS[bits]}{which}{groups}{SUFFIX}"
     if source == "demo":
         if out is None and path.exists() and not (force or dry_run):
             report(existing(path), json)
@@ -89,7 +98,7 @@ def quantize(
     for text in checkpoint.notes:
         output.note(text)
     if dry_run:
-        print_plan(pipeline.plan(checkpoint, bits, group_size), path, json)
+        print_plan(pipeline.plan(checkpoint, bits, group_size, recipe), path, json)
         return
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     with output.progress_bar("Quantizing", total, in_bytes=True) as progress:
@@ -98,6 +107,7 @@ def quantize(
             path,
             bits=bits,
             group_size=group_size,
+            recipe=recipe,
             force=force,
             progress=lambda p: progress(p.bytes_done, f"{p.tensors_done}/{p.tensors}"),
         )

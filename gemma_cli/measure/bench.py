@@ -48,6 +48,7 @@ def measure_speed(
 ) -> Speed:
     """Times the model alone (no tokenizer, no sampling) on ids that are random but always the same.
 
+    Decoding computes the logits that greedy sampling needs.
     `progress` is called with the number of rounds done, `repeat` of them. A first, untimed round
     is a short one: it touches the weights' pages and loads the kernels.
     """
@@ -55,7 +56,7 @@ def measure_speed(
     ids = random.integers(4, model.config.vocab_size, 2**16, dtype=np.int32)
     cache = model.new_cache(max(prompt_tokens, depth + tokens, 2))
     model.forward(ids[:1], cache)
-    model.forward(ids[1:2], cache)
+    model.forward(ids[1:2], cache, n_best=1)
 
     prefill: list[float] = []
     decode: list[float] = []
@@ -71,7 +72,7 @@ def measure_speed(
             model.forward(np.resize(ids, depth), cache)
         started = perf_counter()
         for token in np.resize(ids[1:], tokens):
-            model.forward([int(token)], cache)
+            model.forward([int(token)], cache, n_best=1)
         decode.append(tokens / (perf_counter() - started))
         rss_mb = max(rss_mb, resident_mb())
         progress(done + 1)

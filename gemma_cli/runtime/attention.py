@@ -29,7 +29,7 @@ from gemma_cli.runtime.kv_cache import (
     VALUES,
 )
 from gemma_cli.runtime.layers import soft_cap
-from gemma_cli.runtime.matmul import TOKENS as ROWS
+from gemma_cli.runtime.matmul import TOKENS
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     absolute,
@@ -54,6 +54,9 @@ from gemma_cli.runtime.vector import (
 
 SPAN = 256
 """Positions of a partial result, a multiple of BLOCK."""
+
+ROWS = TOKENS
+"""Queries whose sums are held at once: what fits the vector registers."""
 
 ITEM_ROWS = 32
 """Queries of an item that goes through all spans: they find a span's keys and values in the L2."""

@@ -7,23 +7,24 @@ import numpy as np
 
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.matmul import (
-    ADDRESS,
     BF16,
     CODEBOOK,
     F32,
     FORMAT,
     GROUP_SIZE,
     INT8,
-    tile_bytes,
+    PLANES,
+    SCALES,
+    tile_address,
 )
 from gemma_cli.runtime.vector import load_byte, load_scalar
 
 
 @kernel
-def _weight(table, row, column, stride):
-    """Element (row, column) of a matrix of the table; `stride` is its tile_bytes."""
-    tile, r = table[ADDRESS] + row // 16 * stride, row % 16
-    fmt = table[FORMAT]
+def _weight(matrix, row, column):
+    """Element (row, column) of a matrix of the table."""
+    (tile, low), r = tile_address(matrix, row // 16), row % 16
+    fmt = matrix[FORMAT]
     if fmt == F32:
         return load_scalar(tile + 64 * column + 4 * r)
     if fmt == BF16:
@@ -31,18 +32,27 @@ def _weight(table, row, column, stride):
             load_byte(tile + 32 * column + 2 * r) | load_byte(tile + 32 * column + 2 * r + 1) << 8
         )
         return np.uint32(bits << 16).view(np.float32)
-    group, within = column // table[GROUP_SIZE], column % table[GROUP_SIZE]
+    group, within = column // matrix[GROUP_SIZE], column % matrix[GROUP_SIZE]
     run, i = within // 32, within % 32
     wide = 512 if fmt == INT8 else 256
-    block = tile + group * (32 + table[GROUP_SIZE] // 32 * wide)
+    block = tile + group * (SCALES + matrix[GROUP_SIZE] // 32 * wide)
     scale = np.uint16(load_byte(block + 2 * r) | load_byte(block + 2 * r + 1) << 8)
-    body = block + 32 + run * wide
+    body = block + SCALES + run * wide
+    at = 64 * (i % 16 // 4) + 4 * r + i % 4
     if fmt == INT8:
         code = load_byte(body + 64 * (i // 4) + 4 * r + i % 4) - 128
+    elif fmt == PLANES:
+        high, rest = load_byte(body + at), load_byte(low + column // 32 * 256 + at)
+        code = (16 * _nibble(high, i) | _nibble(rest, i)) - 128
     else:
-        byte = load_byte(body + 64 * (i % 16 // 4) + 4 * r + i % 4)
-        code = load_byte(table[CODEBOOK] + (byte & 15 if i < 16 else byte >> 4)) - 128
+        code = load_byte(matrix[CODEBOOK] + _nibble(load_byte(body + at), i)) - 128
     return np.float32(code) * _half(scale)
+
+
+@kernel
+def _nibble(byte, i):
+    """Of input i of a run: the first 16 lie in the low nibbles."""
+    return byte & 15 if i < 16 else byte >> 4
 
 
 @kernel
@@ -56,8 +66,7 @@ def _half(bits):
 
 
 @kernel
-def embed(table, token, factor, x):
+def embed(matrix, token, factor, x):
     """x = the token's row of the embedding, times factor; x: float32 (hidden_size,)."""
-    stride = tile_bytes(table)
     for i in range(x.size):
-        x[i] = _weight(table, token, i, stride) * factor
+        x[i] = _weight(matrix, token, i) * factor

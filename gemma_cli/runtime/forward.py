@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, kv_cache, matmul
+from gemma_cli.runtime import attention, head, kv_cache, matmul
 from gemma_cli.runtime.embedding import embed
 from gemma_cli.runtime.kernel import entry, kernel
 from gemma_cli.runtime.layers import add, geglu, rms_norm, rotary_angles, rotate, soft_cap
-from gemma_cli.runtime.matmul import FEW, quantize_row
+from gemma_cli.runtime.matmul import FEW, Inputs, quantize_row, some_inputs
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import address_of, load_f32, store_f32
 
@@ -35,6 +35,7 @@ NORMS = ("attn_norm", "q_norm", "k_norm", "post_attn_norm", "ffn_norm", "post_ff
 class Shape(NamedTuple):
     """What the kernels need to know of a GemmaConfig."""
 
+    vocab_size: int
     hidden_size: int
     intermediate_size: int
     n_layers: int
@@ -59,15 +60,6 @@ class Weights(NamedTuple):
     slides: NDArray[np.bool_]  # (n_layers,)
 
 
-class Inputs(NamedTuple):
-    """The inputs of a matrix, as float32 and as matmul.quantize_row rounds them."""
-
-    values: NDArray[np.float32]  # (n_tokens, n_in)
-    codes: NDArray[np.int8]  # (n_tokens, n_in)
-    scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
-    offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
-
-
 class Scratch(NamedTuple):
     """Intermediate values of a chunk; `h` and `outputs` serve matrices of every width.
 
@@ -81,6 +73,7 @@ class Scratch(NamedTuple):
     panels: NDArray[np.uint8]  # (n_threads, 16 matmul.PANEL)
     angles: NDArray[np.float32]  # (2 global or sliding, 2 cos or sin, chunk, head_dim / 2)
     attention: attention.Scratch
+    head: head.Scratch
 
 
 STAGES = 10  # of a layer
@@ -117,7 +110,7 @@ def _start_token(t, thread, s, weights, scratch, tokens, positions, h):
 
 @stage
 def _place_head(item, thread, s, qkv, norms, angles, positions, caches, layer, is_int8, queries):
-    """A query head normalized, rotated, scaled; or a key normalized, rotated, stored with its value.
+    """A query head normalized, rotated, scaled; or a key head, stored with its value.
 
     queries: float32 (n_kv_heads, n_tokens * group, head_dim).
     """
@@ -186,17 +179,6 @@ def _cap_token(t, thread, logits, cap):
 
 
 @kernel
-def _inputs(h, n_tokens, n_in):
-    """The part of the scratch memory that holds the inputs of a matrix."""
-    return Inputs(
-        h.values[:n_tokens, :n_in],
-        h.codes[:n_tokens, :n_in],
-        h.scales[:n_tokens, : n_in // 32],
-        h.offsets[:n_tokens, : n_in // 32],
-    )
-
-
-@kernel
 def _multiply(counters, row, thread, n_threads, matrices, h, y, panels):
     items = matmul.n_items(matrices, n_threads)
     matmul.matmul(counters, row, items, thread, matrices, h, y, panels, n_threads)
@@ -204,12 +186,23 @@ def _multiply(counters, row, thread, n_threads, matrices, h, y, panels):
 
 def n_stages(n_layers: int) -> int:
     """Rows of counters that `forward` needs."""
-    return 1 + STAGES * n_layers + 2
+    return 1 + STAGES * n_layers + 4
 
 
 @entry
 def forward(
-    thread, counters, s, weights, caches, is_int8, scratch, tokens, positions, logits, n_threads
+    thread,
+    counters,
+    s,
+    weights,
+    caches,
+    is_int8,
+    scratch,
+    tokens,
+    positions,
+    n_best,
+    logits,
+    n_threads,
 ):
     """Runs tokens and appends them to their caches: many of one sequence, or one each of several.
 
@@ -219,14 +212,15 @@ def forward(
     (n_tokens,), at most a chunk, those of each sequence one after the other, as many of each;
     positions: int64 (n_sequences,), of their first tokens; only one sequence if there are more
     than FEW tokens. logits: float32 (n_last, 16 x the embedding's tiles), filled for the last
-    n_last tokens.
+    n_last tokens; with n_best, which needs n_last <= FEW and n_best <= the embedding's tiles, those
+    that cannot be among the n_best largest may be -inf.
     """
     n, n_last, ffn = tokens.size, logits.shape[0], s.intermediate_size
     eps, matrices = s.rms_norm_eps, weights.matrices
     y, x, panels = scratch.outputs[:n], scratch.x[:n], scratch.panels
-    h = _inputs(scratch.h, n, s.hidden_size)
-    mixed = _inputs(scratch.h, n, s.n_heads * s.head_dim)
-    gated = _inputs(scratch.h, n, ffn)
+    h = some_inputs(scratch.h, 0, n, s.hidden_size)
+    mixed = some_inputs(scratch.h, 0, n, s.n_heads * s.head_dim)
+    gated = some_inputs(scratch.h, 0, n, ffn)
     queries = scratch.queries[: n * s.n_heads * s.head_dim].reshape(
         s.n_kv_heads, n * (s.n_heads // s.n_kv_heads), s.head_dim
     )
@@ -317,13 +311,36 @@ def forward(
 
     if n_last:
         row = 1 + STAGES * s.n_layers
-        last = Inputs(
-            h.values[n - n_last :],
-            h.codes[n - n_last :],
-            h.scales[n - n_last :],
-            h.offsets[n - n_last :],
-        )
-        _multiply(
-            counters, row, thread, n_threads, matrices[7 * s.n_layers :], last, logits, panels
-        )
-        _cap_token(counters, row + 1, n_last, thread, logits, s.final_soft_cap)
+        embedding = matrices[7 * s.n_layers :]
+        last = some_inputs(scratch.h, n - n_last, n, s.hidden_size)
+        if n_best and embedding[0, matmul.FORMAT] == matmul.PLANES:
+            items = matmul.n_items(embedding, n_threads)
+            head.prepare(counters, row, n_last, thread, last, scratch.head)
+            head.rank(
+                counters,
+                row + 1,
+                items,
+                thread,
+                embedding,
+                s.vocab_size,
+                last,
+                scratch.head,
+                n_threads,
+            )
+            head.find_threshold(counters, row + 2, n_last, thread, n_best, scratch.head)
+            head.refine(
+                counters,
+                row + 3,
+                items,
+                thread,
+                embedding,
+                last,
+                scratch.head,
+                s.final_soft_cap,
+                logits,
+                panels,
+                n_threads,
+            )
+        else:
+            _multiply(counters, row, thread, n_threads, embedding, last, logits, panels)
+            _cap_token(counters, row + 1, n_last, thread, logits, s.final_soft_cap)

@@ -16,6 +16,11 @@ of a tile at a time are first expanded to bytes, once for all tokens, in memory 
 L1 cache.
 """
 
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
 from gemma_cli.runtime import isa
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.team import stage
@@ -53,6 +58,16 @@ EXPANDED, BYTES = 6, 7
 ADDRESS, FORMAT, N_TILES, N_IN, GROUP_SIZE, CODEBOOK = range(6)
 N_COLUMNS = 6
 
+
+class Inputs(NamedTuple):
+    """The inputs of a matrix, as float32 and as `quantize_row` rounds them."""
+
+    values: NDArray[np.float32]  # (n_tokens, n_in)
+    codes: NDArray[np.int8]  # (n_tokens, n_in)
+    scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
+    offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
+
+
 TOKENS = 8 if isa.NAME == "avx512vnni" else 4
 """Tokens whose sums are held at once: what fits the vector registers."""
 
@@ -65,8 +80,20 @@ PANEL = 1024
 SIDE = 8
 """Tiles whose PANEL inputs are used one after the other."""
 
-_AHEAD = 1024  # Bytes from a block to the one to ask the memory for.
-_SCALES = 32  # Bytes of the 16 float16 scales that open a block.
+PREFETCH = 1024  # Bytes from a block to the one to ask the memory for.
+SCALES = 32  # Bytes of the 16 float16 scales that open a block.
+
+
+@kernel
+def some_inputs(h, first, last, n_in):
+    """The first n_in inputs of some tokens."""
+    runs = n_in // 32
+    return Inputs(
+        h.values[first:last, :n_in],
+        h.codes[first:last, :n_in],
+        h.scales[first:last, :runs],
+        h.offsets[first:last, :runs],
+    )
 
 
 @kernel
@@ -136,8 +163,9 @@ def _coded_kernel(n):
         """Adds to y[t, 0:16], or fills it if this is the `first` part, for `count` of n tokens.
 
         fmt: of the codes at the address w. scale: address of the first group's scales, `step`
-        bytes from those of the next, and so are codes that were not expanded. codes, scales, offsets: addresses of the first token's inputs as
-        quantize_row leaves them; tokens are `codes_stride` and `stride` bytes apart.
+        bytes from those of the next, and so are codes that were not expanded. codes, scales,
+        offsets: addresses of the first token's inputs as quantize_row leaves them; tokens are
+        `codes_stride` and `stride` bytes apart.
         """
         acc = zeros(n) if first else load_rows(y, y_stride, count, n)
         for _ in range(n_groups):
@@ -146,12 +174,12 @@ def _coded_kernel(n):
             for _ in range(group_size // 32):
                 if fmt == INT4:
                     for line in range(0, 256, 64):
-                        prefetch(w + _AHEAD + line)
+                        prefetch(w + PREFETCH + line)
                     dots = dots_int4(w, codes, codes_stride, offsets, stride, n)
                     w += 256
                 elif fmt == INT4_CODEBOOK:
                     for line in range(0, 256, 64):
-                        prefetch(w + _AHEAD + line)
+                        prefetch(w + PREFETCH + line)
                     dots = dots_codebook(w, codebook, codes, codes_stride, offsets, stride, n)
                     w += 256
                 elif fmt == EXPANDED:
@@ -160,13 +188,13 @@ def _coded_kernel(n):
                 else:
                     if fmt == INT8:
                         for line in range(0, 512, 64):
-                            prefetch(w + _AHEAD + line)
+                            prefetch(w + PREFETCH + line)
                     dots = dots_int8(w, codes, codes_stride, offsets, stride, n)
                     w += 512
                 acc = add_scaled(acc, dots, w_scale, scales, stride)
                 codes, scales, offsets = codes + 32, scales + 4, offsets + 4
             if fmt < EXPANDED:
-                w += _SCALES
+                w += SCALES
         store_rows(y, y_stride, acc, count)
 
     return multiply
@@ -186,7 +214,9 @@ def _expand(matrix, w, low, n_groups, panel):
     for _ in range(n_groups):
         for _ in range(matrix[GROUP_SIZE] // 32):
             for line in range(0, 256, 64):
-                prefetch(w + _AHEAD + line)
+                prefetch(w + PREFETCH + line)
+                if fmt == PLANES:
+                    prefetch(low + PREFETCH + line)
             if fmt == INT4:
                 expand_int4(w, 0, panel)
             elif fmt == INT4_CODEBOOK:
@@ -195,7 +225,7 @@ def _expand(matrix, w, low, n_groups, panel):
                 expand_planes(w, low, panel)
                 low += 256
             w, panel = w + 256, panel + 512
-        w += _SCALES
+        w += SCALES
     return EXPANDED if fmt == INT4 else BYTES
 
 
@@ -208,7 +238,7 @@ def tile_bytes(matrix):
     if fmt == BF16:
         return 32 * n_in
     run = 512 if fmt in (INT8, PLANES) else 256
-    return n_in // matrix[GROUP_SIZE] * (_SCALES + matrix[GROUP_SIZE] // 32 * run)
+    return n_in // matrix[GROUP_SIZE] * (SCALES + matrix[GROUP_SIZE] // 32 * run)
 
 
 @kernel
@@ -230,16 +260,16 @@ def _multiply_part(matrix, tile, start, stop, h, y, y_stride, panel):
     n_tokens, group_size, fmt = len(h.codes), matrix[GROUP_SIZE], matrix[FORMAT]
     n_groups = (stop - start) // group_size
     address, low = tile_address(matrix, tile)
-    step = _SCALES + group_size // 32 * (512 if fmt == INT8 else 256)
+    step = SCALES + group_size // 32 * (512 if fmt == INT8 else 256)
     scale = address + start // group_size * step
-    w, ahead = scale + _SCALES, 0
+    w, ahead = scale + SCALES, 0
     if n_tokens > FEW or fmt == PLANES:
         # While these tokens are multiplied, the next tile's codes come from the memory.
         ahead = n_groups * step
         if fmt != INT8:
             w = address_of(panel)
-            fmt = _expand(matrix, scale + _SCALES, low + 8 * start, n_groups, w)
-    next_tile = scale + tile_bytes(matrix)
+            fmt = _expand(matrix, scale + SCALES, low + 8 * start, n_groups, w)
+    next_tile = scale + matrix[N_IN] // group_size * step
     for t in range(0, n_tokens, TOKENS):
         for line in range(ahead * t // n_tokens, ahead * (t + TOKENS) // n_tokens, 64):
             prefetch(next_tile + line)
@@ -268,7 +298,7 @@ def _multiply_part(matrix, tile, start, stop, h, y, y_stride, panel):
 
 
 @kernel
-def _multiply_coded(matrix, first, last, h, y, y_stride, panel):
+def multiply_coded(matrix, first, last, h, y, y_stride, panel):
     """int4 or int8 tiles; h: the inputs as in matmul, y: address of the first one's outputs.
 
     Many tokens take SIDE tiles at a time through the inputs, so that these come from the L2 cache.
@@ -292,7 +322,7 @@ def _multiply_coded(matrix, first, last, h, y, y_stride, panel):
 
 @kernel
 def _multiply_floats(matrix, first, last, h, y, y_stride):
-    """bf16 or f32 tiles; as _multiply_coded."""
+    """bf16 or f32 tiles; as multiply_coded."""
     x, stride = h.values, h.values.strides[0]
     for tile in range(first, last):
         w, _ = tile_address(matrix, tile)
@@ -333,5 +363,5 @@ def matmul(item, thread, matrices, h, y, panels, n_threads):
         if matrix[FORMAT] in (BF16, F32):
             _multiply_floats(matrix, first - before, last - before, h, out, y_stride)
         else:
-            _multiply_coded(matrix, first - before, last - before, h, out, y_stride, panels[thread])
+            multiply_coded(matrix, first - before, last - before, h, out, y_stride, panels[thread])
         before += n_tiles

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, matmul, team
+from gemma_cli.runtime import attention, head, matmul, team
 from gemma_cli.runtime.forward import (
-    FEW,
     MATRICES,
     NORMS,
-    Inputs,
     Scratch,
     Shape,
     Weights,
@@ -30,12 +28,17 @@ from quantize.modelfile import MatrixSpec, ModelFile
 CHUNK_SIZE = 128
 """Tokens processed at once: bounds the scratch memory and the time until a signal is seen."""
 
-MOST_ROWS = FEW
-"""Tokens whose logits `forward_each` and `decode` give at once: each weight is read once for all."""
+MOST_ROWS = matmul.FEW
+"""Tokens whose logits `forward_each` and `decode` give at once, reading each weight once."""
 
 Ids = Sequence[int] | NDArray[np.int32]
 
-_FORMATS = {"int8": matmul.INT8, "bf16": matmul.BF16, "f32": matmul.F32}
+_FORMATS = {
+    "int8": matmul.INT8,
+    "int8_planes": matmul.PLANES,
+    "bf16": matmul.BF16,
+    "f32": matmul.F32,
+}
 
 
 def default_threads() -> int:
@@ -74,15 +77,21 @@ class Model:
         self._shape = _shape(self.config)
         self._codebooks: list[NDArray[np.uint8]] = []
         self._weights = self._addresses()
+        self._n_tiles = packing.n_tiles(self.config.vocab_size)
         self._scratch = self._allocate()
-        n_columns = 16 * packing.n_tiles(self.config.vocab_size)
         self._counters = team.counters(n_stages(self.config.n_layers))
-        self._logits = np.zeros((1, n_columns), np.float32)
+        self._logits = np.zeros((1, 16 * self._n_tiles), np.float32)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that decoding one token reads."""
-        return sum(m.nbytes for m in self.file.matrices.values())
+        """Bytes of weights that decoding one token reads, when the likeliest token is wanted.
+
+        Of an output head in two planes that is the first, and the tiles of the second that may
+        hold the likeliest, a few in a thousand, which are not counted.
+        """
+        head = self.file.matrices["embed"]
+        low = 8 * head.n_in * self._n_tiles if head.format == "int8_planes" else 0
+        return sum(m.nbytes for m in self.file.matrices.values()) - low
 
     def _addresses(self) -> Weights:
         config, file = self.config, self.file
@@ -118,7 +127,7 @@ class Model:
         outputs = max(c.hidden_size, 2 * c.intermediate_size, heads + 2 * c.n_kv_heads * c.head_dim)
         return Scratch(
             x=np.zeros((chunk, c.hidden_size), np.float32),
-            h=Inputs(
+            h=matmul.Inputs(
                 rows(widest, np.float32),
                 rows(widest, np.int8),
                 rows(widest // 32, np.float32),
@@ -129,6 +138,7 @@ class Model:
             panels=np.zeros((self.n_threads, 16 * matmul.PANEL), np.uint8),
             angles=np.zeros((2, 2, chunk, c.head_dim // 2), np.float32),
             attention=attention.allocate(self.n_threads, c.head_dim, 0),
+            head=head.allocate(self.n_threads, c.hidden_size, self._n_tiles),
         )
 
     def new_cache(self, context: int, kv: str = "f16") -> KVCache:
@@ -136,12 +146,18 @@ class Model:
         return KVCache(self.config, context, kv, self.chunk_size)
 
     def _run(
-        self, ids: NDArray[np.int32], caches: Sequence[KVCache], logits: NDArray[np.float32]
+        self,
+        ids: NDArray[np.int32],
+        caches: Sequence[KVCache],
+        logits: NDArray[np.float32],
+        n_best: int = 0,
     ) -> None:
         """Appends ids to the caches, as many to each, and fills the logits of the last ones."""
+        if n_best > self._n_tiles:  # A tile's largest logit stands for it.
+            n_best = 0
         wait(self._others)  # They may run still if Ctrl-C cut the last call short.
         self._counters[:] = 0
-        if len(ids) <= FEW:
+        if len(ids) <= matmul.FEW:
             self._reserve_partials(len(ids), caches[0].context)
         tables = np.stack([cache.table for cache in caches])
         positions = np.array([cache.length for cache in caches], np.int64)
@@ -158,6 +174,7 @@ class Model:
                 self._scratch,
                 ids,
                 positions,
+                n_best,
                 logits,
                 self.n_threads,
             )
@@ -207,7 +224,7 @@ class Model:
         for start in range(0, len(array), self.chunk_size):
             chunk = array[start : start + self.chunk_size]
             done = start + len(chunk)
-            self._run(chunk, [cache], self._logits if done == len(array) else nothing)
+            self._run(chunk, [cache], self._logits if done == len(array) else nothing, n_best)
             if progress:
                 progress(done)
         return self._logits[0, : self.config.vocab_size].copy()
@@ -217,7 +234,10 @@ class Model:
 
         The same bits as `forward` gives, id by id. Raises ValueError as forward does.
         """
-        return np.concatenate([block.copy() for block in self.forward_all(ids, cache)])
+        array = self._checked(ids, cache)
+        logits = np.empty((len(array), self._logits.shape[1]), np.float32)
+        self._run(array, [cache], logits, n_best)
+        return logits[:, : self.config.vocab_size]
 
     def decode(
         self, ids: Ids, caches: Sequence[KVCache], *, n_best: int = 0
@@ -228,7 +248,10 @@ class Model:
         Raises ValueError as forward does.
         """
         pairs = zip(ids, caches, strict=True)
-        return np.stack([self.forward([token], cache) for token, cache in pairs])
+        array = np.concatenate([self._checked([token], cache) for token, cache in pairs])
+        logits = np.empty((len(array), self._logits.shape[1]), np.float32)
+        self._run(array, caches, logits, n_best)
+        return logits[:, : self.config.vocab_size]
 
     def forward_all(
         self, ids: Ids, cache: KVCache, first: int = 0

@@ -211,8 +211,9 @@ class _Group:
     """Emits the exact integer dot products of 16 rows with `n` tokens over 32 inputs.
 
     Weights come as unsigned bytes w; what is summed is (w - zero) x, zero being 128 or 8. Where
-    the CPU multiplies unsigned by signed bytes, that is the sum of w x and an offset that the
-    token's inputs bring along, -128 sum(x); elsewhere the bytes are made signed first.
+    the CPU multiplies unsigned by signed bytes, and for bytes that are both, that is the sum of
+    w x and an offset that the token's inputs bring along, -128 sum(x) or a sixteenth of it;
+    elsewhere the bytes are made signed first.
     """
 
     def __init__(
@@ -227,7 +228,7 @@ class _Group:
 
     def start(self, offsets: ir.Value, stride: ir.Value) -> None:
         """Begins with the offsets, one int32 a token at an address, where they are needed."""
-        if not (_VNNI or self.small):
+        if not (_VNNI or self.zero == 8):
             return
         b = self.b
         for t in range(self.n):
@@ -237,8 +238,8 @@ class _Group:
     def add(self, w: ir.Value, run: int) -> None:
         """Adds inputs 4 run to 4 run + 3."""
         b = self.b
-        if not (_VNNI or self.small):
-            w = b.xor(w, _const(_VI8, 0x80)) if self.zero == 128 else b.sub(w, _const(_VI8, 8))
+        if self.zero == 128 and not _VNNI:
+            w = b.xor(w, _const(_VI8, 0x80))
         for t in range(self.n):
             x = _broadcast4(b, _offset(b, self.x[t], 4 * run))
             if self.small:
@@ -552,6 +553,9 @@ splat = _unary(
 )
 horizontal_sum = _unary(_horizontal_sum, types.float32, "The sum of 16 lanes, in a fixed order.")
 horizontal_max = _unary(_horizontal_max, types.float32, "The largest of 16 lanes.")
+sqrt = _unary(
+    lambda b, x: _call(b, "llvm.sqrt.v16f32", _VF32, [x]), F32X16, "The root of each lane."
+)
 absolute = _unary(
     lambda b, x: _call(b, "llvm.fabs.v16f32", _VF32, [x]), F32X16, "|x| in each lane."
 )
