@@ -51,8 +51,8 @@ from gemma_cli.runtime.vector import (
     zeros,
 )
 
-MARGIN = 8.0
-"""Deviations of an estimate's error to allow for, on both sides of a comparison."""
+MARGIN = 5.0
+"""Deviations of an estimate's error to allow for, on both sides of a comparison: 7 of the difference."""
 
 _VARIANCE = 21.25  # of the low nibbles
 

@@ -33,6 +33,7 @@ from gemma_cli.runtime.vector import (
     dots_expanded,
     dots_int4,
     dots_int8,
+    dots_planes,
     expand_codebook,
     expand_int4,
     expand_planes,
@@ -79,6 +80,9 @@ PANEL = 1024
 
 SIDE = 8
 """Tiles whose PANEL inputs are used one after the other."""
+
+ITEM_BYTES = 1 << 16
+"""Weights of an item at least, if every thread has one."""
 
 PREFETCH = 1024  # Bytes from a block to the one to ask the memory for.
 SCALES = 32  # Bytes of the 16 float16 scales that open a block.
@@ -149,6 +153,7 @@ def _coded_kernel(n):
         scale,
         w,
         step,
+        low,
         codebook,
         codes,
         codes_stride,
@@ -163,7 +168,8 @@ def _coded_kernel(n):
         """Adds to y[t, 0:16], or fills it if this is the `first` part, for `count` of n tokens.
 
         fmt: of the codes at the address w. scale: address of the first group's scales, `step`
-        bytes from those of the next, and so are codes that were not expanded. codes, scales,
+        bytes from those of the next, and so are codes that were not expanded; low: address of the
+        low nibbles, for PLANES. codes, scales,
         offsets: addresses of the first token's inputs as quantize_row leaves them; tokens are
         `codes_stride` and `stride` bytes apart.
         """
@@ -182,6 +188,12 @@ def _coded_kernel(n):
                         prefetch(w + PREFETCH + line)
                     dots = dots_codebook(w, codebook, codes, codes_stride, offsets, stride, n)
                     w += 256
+                elif fmt == PLANES:
+                    for line in range(0, 256, 64):
+                        prefetch(w + PREFETCH + line)
+                        prefetch(low + PREFETCH + line)
+                    dots = dots_planes(w, low, codes, codes_stride, offsets, stride, n)
+                    w, low = w + 256, low + 256
                 elif fmt == EXPANDED:
                     dots = dots_expanded(w, codes, codes_stride, offsets, stride, n)
                     w += 512
@@ -193,7 +205,7 @@ def _coded_kernel(n):
                     w += 512
                 acc = add_scaled(acc, dots, w_scale, scales, stride)
                 codes, scales, offsets = codes + 32, scales + 4, offsets + 4
-            if fmt < EXPANDED:
+            if fmt < EXPANDED:  # The next group's scales lie in between.
                 w += SCALES
         store_rows(y, y_stride, acc, count)
 
@@ -263,7 +275,7 @@ def _multiply_part(matrix, tile, start, stop, h, y, y_stride, panel):
     step = SCALES + group_size // 32 * (512 if fmt == INT8 else 256)
     scale = address + start // group_size * step
     w, ahead = scale + SCALES, 0
-    if n_tokens > FEW or fmt == PLANES:
+    if n_tokens > FEW:
         # While these tokens are multiplied, the next tile's codes come from the memory.
         ahead = n_groups * step
         if fmt != INT8:
@@ -280,6 +292,7 @@ def _multiply_part(matrix, tile, start, stop, h, y, y_stride, panel):
             scale,
             w,
             step,
+            low,
             matrix[CODEBOOK],
             address_of(h.codes[t, start:]),
             h.codes.strides[0],
@@ -304,7 +317,7 @@ def multiply_coded(matrix, first, last, h, y, y_stride, panel):
     Many tokens take SIDE tiles at a time through the inputs, so that these come from the L2 cache.
     """
     n_in = matrix[N_IN]
-    size = PANEL if len(h.codes) > FEW or matrix[FORMAT] == PLANES else n_in
+    size = PANEL if len(h.codes) > FEW else n_in
     for some in range(first, last, SIDE):
         for start in range(0, n_in, size):
             for tile in range(some, min(some + SIDE, last)):
@@ -337,8 +350,14 @@ def _multiply_floats(matrix, first, last, h, y, y_stride):
 
 @kernel
 def n_items(matrices, n_threads):
-    """Into how many items the tiles of several matrices are divided: enough to balance threads."""
-    return min(matrices[:, N_TILES].sum(), 16 * n_threads)
+    """Into how many items the tiles of several matrices are divided.
+
+    Enough to balance threads, and not so many that claiming them takes long.
+    """
+    n_bytes = 0
+    for m in range(len(matrices)):
+        n_bytes += matrices[m, N_TILES] * tile_bytes(matrices[m])
+    return min(max(n_bytes // ITEM_BYTES, n_threads), matrices[:, N_TILES].sum(), 16 * n_threads)
 
 
 @stage

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -155,7 +155,8 @@ class Model:
         """Appends ids to the caches, as many to each, and fills the logits of the last ones."""
         if n_best > self._n_tiles:  # A tile's largest logit stands for it.
             n_best = 0
-        wait(self._others)  # They may run still if Ctrl-C cut the last call short.
+        for other in self._others:
+            other.result()  # It has nothing left to do, but may not have said so yet.
         self._counters[:] = 0
         if len(ids) <= matmul.FEW:
             self._reserve_partials(len(ids), caches[0].context)
@@ -181,8 +182,6 @@ class Model:
 
         self._others = [self._pool.submit(work, thread) for thread in range(1, self.n_threads)]
         work(0)
-        for other in self._others:
-            other.result()
         for cache in caches:
             cache.length += len(ids) // len(caches)
 

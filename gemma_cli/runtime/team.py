@@ -3,7 +3,8 @@
 Every thread calls the same stages in the same order. A stage is a number of items; threads claim
 them one by one, and leave the stage when all items are done, by whomever. So nobody waits for a
 thread that the operating system is not running: the others do its items, and when it comes it
-finds them done. A stage costs two atomic additions an item; no thread goes to sleep in between.
+finds them done. A stage costs an atomic addition an item, which takes as long as a few KB from the
+memory, and one more a thread; no thread goes to sleep in between.
 """
 
 import sys
@@ -38,13 +39,13 @@ def _element(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
 
 
 @intrinsic
-def _increment(typingctx: Any, counters: Any, stage: Any, column: Any):
-    """Adds 1 to a counter, visibly to all threads in one order; gives the value before."""
+def _add(typingctx: Any, counters: Any, stage: Any, column: Any, n: Any):
+    """Adds to a counter, visibly to all threads in one order; gives the value before."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return b.atomic_rmw("add", _element(context, b, sig, args), _I64(1), "seq_cst")
+        return b.atomic_rmw("add", _element(context, b, sig, args), args[3], "seq_cst")
 
-    return types.int64(counters, types.int64, types.int64), codegen
+    return types.int64(counters, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -98,11 +99,13 @@ def stage(work: Any) -> Any:
 
     @kernel
     def run(counters, row, n_items, thread, *args):
-        item = _increment(counters, row, _CLAIMED)
+        done, item = 0, _add(counters, row, _CLAIMED, 1)
         while item < n_items:
             work(item, thread, *args)
-            _increment(counters, row, _DONE)
-            item = _increment(counters, row, _CLAIMED)
+            done += 1
+            item = _add(counters, row, _CLAIMED, 1)
+        if done:
+            _add(counters, row, _DONE, done)
         spins = 0
         while _read(counters, row, _DONE) < n_items:
             spins += 1

@@ -339,6 +339,30 @@ def dots_int8(
 
 
 @intrinsic(prefer_literal=True)
+def dots_planes(
+    typingctx: Any,
+    high: Any,
+    low: Any,
+    x: Any,
+    x_stride: Any,
+    offsets: Any,
+    offset_stride: Any,
+    n: Any,
+):
+    """As dots_int8, of high nibbles and low ones, 4 x 64 bytes each as in dots_int4."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        group = _Group(b, sig.args[6].literal_value, args[2], args[3], zero=128, small=False)
+        group.start(args[4], args[5])
+        for run, codes in enumerate(_planes_bytes(b, args[0], args[1])):
+            group.add(codes, run)
+        return group.result()
+
+    result = types.UniTuple(I32X16, n.literal_value)
+    return result(high, low, x, x_stride, offsets, offset_stride, n), codegen
+
+
+@intrinsic(prefer_literal=True)
 def dots_expanded(
     typingctx: Any, w: Any, x: Any, x_stride: Any, offsets: Any, offset_stride: Any, n: Any
 ):
@@ -369,9 +393,13 @@ def _codebook_bytes(b: ir.IRBuilder, w: ir.Value, levels: ir.Value) -> list[ir.V
 
 def _planes_bytes(b: ir.IRBuilder, high: ir.Value, low: ir.Value) -> list[ir.Value]:
     """The bytes (code + 128) of 32 inputs from their high nibbles and their low ones."""
-    four = _const(_VI8, 4)
-    pairs = zip(_int4_bytes(b, high), _int4_bytes(b, low), strict=True)
-    return [b.or_(b.shl(h, four), nibble) for h, nibble in pairs]
+    four, upper = _const(_VI8, 4), _const(_VI8, 0xF0)
+    first, second = [], []
+    for run in range(4):
+        h, rest = (_load(b, _offset(b, plane, 64 * run), _VI8) for plane in (high, low))
+        first.append(b.or_(b.and_(b.shl(h, four), upper), b.and_(rest, _const(_VI8, 0x0F))))
+        second.append(b.or_(b.and_(h, upper), b.lshr(rest, four)))
+    return first + second
 
 
 def _expand(emit: Callable[..., list[ir.Value]], doc: str) -> Any:
