@@ -71,8 +71,7 @@ def quantize_rows(h):
 
 @njit(nogil=True)
 def run_matmul(counters, thread, n_threads, matrices, h, y, panels):
-    items = matmul.n_items(matrices, n_threads)
-    matmul.matmul(counters, 0, items, thread, matrices, h, y, panels, n_threads)
+    matmul.matmul(counters, 0, matmul.ITEMS * n_threads, thread, matrices, h, y, panels, n_threads)
 
 
 class Padded:

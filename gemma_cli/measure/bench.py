@@ -49,7 +49,7 @@ def measure_speed(
     """Times the model alone (no tokenizer, no sampling) on ids that are random but always the same.
 
     Decoding goes on greedily, since the output head's work depends on how sure the model is.
-    
+
     `progress` is called with the number of rounds done, `repeat` of them. A first, untimed round
     is a short one: it touches the weights' pages and loads the kernels.
     """

@@ -180,7 +180,7 @@ def _cap_token(t, thread, logits, cap):
 
 @kernel
 def _multiply(counters, row, thread, n_threads, matrices, h, y, panels):
-    items = matmul.n_items(matrices, n_threads)
+    items = matmul.ITEMS * n_threads
     matmul.matmul(counters, row, items, thread, matrices, h, y, panels, n_threads)
 
 
@@ -314,7 +314,7 @@ def forward(
         embedding = matrices[7 * s.n_layers :]
         last = some_inputs(scratch.h, n - n_last, n, s.hidden_size)
         if n_best and embedding[0, matmul.FORMAT] == matmul.PLANES:
-            items = matmul.n_items(embedding, n_threads)
+            items = matmul.ITEMS * n_threads
             head.prepare(counters, row, n_last, thread, last, scratch.head)
             head.rank(
                 counters,

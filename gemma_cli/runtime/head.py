@@ -27,8 +27,8 @@ from gemma_cli.runtime.matmul import (
     PREFETCH,
     SCALES,
     TOKENS,
+    first_tile,
     multiply_coded,
-    n_items,
     some_inputs,
     tile_address,
 )
@@ -52,7 +52,7 @@ from gemma_cli.runtime.vector import (
 )
 
 MARGIN = 5.0
-"""Deviations of an estimate's error to allow for, on both sides of a comparison: 7 of the difference."""
+"""Deviations of an estimate's error to allow for, up and down: 7 of a difference of two."""
 
 _VARIANCE = 21.25  # of the low nibbles
 
@@ -134,14 +134,16 @@ _rank_one, _rank_some = _rank_kernel(1), _rank_kernel(TOKENS)
 
 @stage
 def rank(item, thread, matrices, vocab_size, h, scratch, n_threads):
-    """Between which bounds the largest logit of every tile lies; one of n_items items.
+    """Between which bounds the largest logit of every tile lies; one of ITEMS * n_threads items.
 
     matrices: the embedding's row of the table, (1, N_COLUMNS); h: inputs of up to FEW tokens.
     """
-    matrix, items = matrices[0], n_items(matrices, n_threads)
+    matrix = matrices[0]
     n_tiles, n_tokens = matrix[N_TILES], len(h.codes)
     bounds = scratch.bounds[thread]
-    for tile in range(n_tiles * item // items, n_tiles * (item + 1) // items):
+    start = first_tile(item, n_tiles, n_threads)
+    stop = first_tile(item + 1, n_tiles, n_threads)
+    for tile in range(start, stop):
         w, _ = tile_address(matrix, tile)
         for first in range(0, n_tokens, TOKENS):
             args = (
@@ -162,7 +164,7 @@ def rank(item, thread, matrices, vocab_size, h, scratch, n_threads):
             for t in range(first, min(first + TOKENS, n_tokens)):
                 scratch.lower[t, tile] = horizontal_max(load_f32(address_of(bounds[0, t - first])))
                 scratch.upper[t, tile] = horizontal_max(load_f32(address_of(bounds[1, t - first])))
-    if item == items - 1 and vocab_size < 16 * n_tiles:
+    if stop == n_tiles and vocab_size < 16 * n_tiles:
         # Rows that fill up the last tile are no tokens: it promises nothing, and is always read.
         for t in range(n_tokens):
             scratch.lower[t, n_tiles - 1] = -math.inf
@@ -187,10 +189,12 @@ def find_threshold(t, thread, n_best, scratch):
 @stage
 def refine(item, thread, matrices, h, scratch, cap, logits, panels, n_threads):
     """The logits of the tiles that may hold one of the largest, -inf for the others."""
-    matrix, items = matrices[0], n_items(matrices, n_threads)
+    matrix = matrices[0]
     n_tiles = matrix[N_TILES]
     nothing = splat(-math.inf)
-    for tile in range(n_tiles * item // items, n_tiles * (item + 1) // items):
+    start = first_tile(item, n_tiles, n_threads)
+    stop = first_tile(item + 1, n_tiles, n_threads)
+    for tile in range(start, stop):
         for t in range(len(h.codes)):
             out = logits[t, 16 * tile : 16 * tile + 16]
             if scratch.upper[t, tile] >= scratch.thresholds[t]:

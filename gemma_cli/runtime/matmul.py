@@ -81,9 +81,6 @@ PANEL = 1024
 SIDE = 8
 """Tiles whose PANEL inputs are used one after the other."""
 
-ITEM_BYTES = 1 << 16
-"""Weights of an item at least, if every thread has one."""
-
 PREFETCH = 1024  # Bytes from a block to the one to ask the memory for.
 SCALES = 32  # Bytes of the 16 float16 scales that open a block.
 
@@ -348,31 +345,37 @@ def _multiply_floats(matrix, first, last, h, y, y_stride):
                 _float_some(*args)
 
 
-@kernel
-def n_items(matrices, n_threads):
-    """Into how many items the tiles of several matrices are divided.
+ITEMS = 5
+"""Items of a matrix product for each thread: a large one, and small ones to end together."""
 
-    Enough to balance threads, and not so many that claiming them takes long.
+
+@kernel
+def first_tile(item, n_tiles, n_threads):
+    """Where an item's tiles begin; those of item ITEMS * n_threads, where they end.
+
+    The first items, one a thread, are three quarters of the whole: in the midst of a stream, memory
+    is faster than at its beginning. The others are small, for the thread that has the time.
     """
-    n_bytes = 0
-    for m in range(len(matrices)):
-        n_bytes += matrices[m, N_TILES] * tile_bytes(matrices[m])
-    return min(max(n_bytes // ITEM_BYTES, n_threads), matrices[:, N_TILES].sum(), 16 * n_threads)
+    large = n_tiles * 3 // 4
+    if item <= n_threads:
+        return large * item // n_threads
+    return large + (n_tiles - large) * (item - n_threads) // ((ITEMS - 1) * n_threads)
 
 
 @stage
 def matmul(item, thread, matrices, h, y, panels, n_threads):
     """Multiplies the same inputs by several matrices, whose outputs lie side by side.
 
-    Does one of n_items(matrices, n_threads) items. matrices: int64 (n_matrices, N_COLUMNS); h: the
+    Does one of ITEMS * n_threads items. matrices: int64 (n_matrices, N_COLUMNS); h: the
     inputs, values float32 (n_tokens, n_in), read by float formats, and the same from quantize_row,
     codes (n_tokens, n_in), scales, offsets (n_tokens, n_in / 32), read by the others; y: float32,
     n_tokens rows of at least 16 times all tiles. Each row is contiguous; of the inputs, there are
     rows to spare up to a multiple of TOKENS. panels: uint8 (n_threads, 16 PANEL).
     """
     y_stride = y.strides[0]
-    total, items = matrices[:, N_TILES].sum(), n_items(matrices, n_threads)
-    start, stop = total * item // items, total * (item + 1) // items
+    total = matrices[:, N_TILES].sum()
+    start = first_tile(item, total, n_threads)
+    stop = first_tile(item + 1, total, n_threads)
     before = 0  # tiles of the matrices passed
     for m in range(matrices.shape[0]):
         matrix = matrices[m]
