@@ -6,6 +6,7 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import twins
 from numba import njit
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, kv_cache, layers, matmul, team, vector
+from gemma_cli.runtime import attention, head, kv_cache, layers, matmul, team, vector
 from gemma_cli.runtime.embedding import embed
 from gemma_cli.runtime.forward import Shape
 from gemma_cli.runtime.matmul import Inputs
@@ -37,9 +38,12 @@ def addresses(matrices: Sequence[twins.Matrix], codebooks: NDArray[np.uint8]) ->
     rows = []
     for m, levels in zip(matrices, codebooks, strict=True):
         levels[:] = np.array(m.codebook) + 128
-        fmt = {"int8": matmul.INT8, "bf16": matmul.BF16, "f32": matmul.F32}.get(
-            m.format, matmul.INT4 if m.codebook == LINEAR_LEVELS else matmul.INT4_CODEBOOK
-        )
+        fmt = {
+            "int8": matmul.INT8,
+            "int8_planes": matmul.PLANES,
+            "bf16": matmul.BF16,
+            "f32": matmul.F32,
+        }.get(m.format, matmul.INT4 if m.codebook == LINEAR_LEVELS else matmul.INT4_CODEBOOK)
         row = (m.tiles.ctypes.data, fmt, len(m.tiles), m.n_in, m.group_size, levels.ctypes.data)
         rows.append(row)
     return np.array(rows, np.int64)
@@ -155,6 +159,7 @@ KINDS = [
     *(("int4", group, IQ4_NL_LEVELS) for group in GROUP_SIZES),
     ("int4", 32, FULL_LEVELS),
     *(("int8", group, LINEAR_LEVELS) for group in GROUP_SIZES),
+    *(("int8_planes", group, LINEAR_LEVELS) for group in GROUP_SIZES),
     ("bf16", 0, LINEAR_LEVELS),
     ("f32", 0, LINEAR_LEVELS),
 ]
@@ -279,7 +284,7 @@ def side_by_side(rng: np.random.Generator, n_in: int) -> list[twins.Matrix]:
     rows = (5, 32, 17, 1, 40, 16, 33, 7, 64, 18, 15, 31)
     return [
         random_matrix(rng, fmt, n_out, n_in, group, levels)
-        for n_out, (fmt, group, levels) in zip(rows, KINDS, strict=True)
+        for n_out, (fmt, group, levels) in zip(cycle(rows), KINDS, strict=False)
     ]
 
 
@@ -304,11 +309,11 @@ def test_products_do_not_depend_on_threads_or_on_tokens_at_once() -> None:
     np.testing.assert_array_equal(multiply(matrices, x[:5], 2), one_by_one[:5])
 
 
-@pytest.mark.parametrize("fmt", ["int4", "int8"])
+@pytest.mark.parametrize("fmt", ["int4", "int8", "int8_planes"])
 def test_products_of_many_inputs_and_tiles(fmt: str) -> None:
-    """More than a panel's inputs, and more tiles than go side by side."""
+    """More than a panel's inputs, and more tiles than go side by side, or lie in a slab."""
     rng = np.random.default_rng(23)
-    n_in, n_out = matmul.PANEL + 256, 16 * matmul.SIDE + 40
+    n_in, n_out = matmul.PANEL + 256, 16 * packing.SLAB_TILES + 40
     m = random_matrix(rng, fmt, n_out, n_in, 32, LINEAR_LEVELS)
     x = random_inputs(rng, matmul.FEW + 3, n_in)
     y = multiply([m], x, 2)
@@ -345,6 +350,73 @@ def embed_all(table, factor, x):
         embed(table, token, factor, x[token])
 
 
+# The head in two passes.
+
+
+@njit(nogil=True)
+def run_head(counters, thread, n_threads, matrices, vocab_size, h, n_best, cap, scratch, logits, p):
+    items = matmul.ITEMS * n_threads
+    n = len(h.codes)
+    head.prepare(counters, 0, n, thread, h, scratch)
+    head.rank(counters, 1, items, thread, matrices, vocab_size, h, scratch, n_threads)
+    head.find_threshold(counters, 2, n, thread, n_best, scratch)
+    head.refine(counters, 3, items, thread, matrices, h, scratch, cap, logits, p, n_threads)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("n_tokens", [1, 3, matmul.TOKENS + 1])
+@pytest.mark.parametrize("n_best", [1, 40])
+def test_the_largest_logits_are_those_of_the_whole_head(
+    n_best: int, n_tokens: int, group_size: int
+) -> None:
+    rng = np.random.default_rng(24)
+    vocab_size, n_in, cap = 16 * packing.SLAB_TILES + 330, 384, 30.0
+    weights = rng.standard_normal((vocab_size, n_in), np.float32)
+    m = twins.coded("int8_planes", *round_int8(weights, group_size))
+    x = rng.standard_normal((n_tokens, n_in)).astype(np.float32)
+    whole = multiply([m], x)
+    for row in whole:
+        from_python(layers.soft_cap)(row, cap)
+    table, inputs = addresses([m], np.empty((1, 16), np.uint8)), Padded(x).inputs
+    scratch = head.allocate(2, n_in, len(m.tiles))
+    for array in scratch:
+        array[:] = -1
+    logits = np.full((n_tokens, m.n_columns), np.nan, np.float32)
+    panels, counters = np.empty((2, 16 * matmul.PANEL), np.uint8), team.counters(4)
+    on_threads(
+        2,
+        lambda thread: run_head(
+            counters, thread, 2, table, vocab_size, inputs, n_best, cap, scratch, logits, panels
+        ),
+    )
+    known = np.isfinite(logits)
+    np.testing.assert_array_equal(logits[known], whole[known])
+    assert np.isneginf(logits[~known]).all()
+    for some, all_ in zip(logits, whole, strict=True):
+        best = np.argsort(-all_[:vocab_size], kind="stable")[:n_best]
+        assert np.isfinite(some[best]).all()
+    # Of 85 tiles of normal logits, with an estimate's error a fourteenth of their spread (a high
+    # nibble's step against int8's largest weight): most tiles cannot hold the largest.
+    assert n_best > 1 or known.mean() < 0.3
+
+
+def test_bounds_hold_for_weights_that_the_high_nibbles_do_not_show() -> None:
+    """Groups with one large weight: the others' high nibbles are the middle ones."""
+    rng = np.random.default_rng(25)
+    weights = rng.standard_normal((320, 256), np.float32) / 50
+    weights[:, ::32] = rng.choice([-1, 1], (320, 8))
+    m = twins.coded("int8_planes", *round_int8(weights, 32))
+    x = rng.standard_normal((3, 256)).astype(np.float32)
+    whole = multiply([m], x)
+    table, inputs = addresses([m], np.empty((1, 16), np.uint8)), Padded(x).inputs
+    scratch, counters = head.allocate(1, 256, len(m.tiles)), team.counters(4)
+    logits, panels = np.empty_like(whole), np.empty((1, 16 * matmul.PANEL), np.uint8)
+    run_head(counters, 0, 1, table, 320, inputs, 1, 0.0, scratch, logits, panels)
+    largest = whole.reshape(3, -1, 16).max(-1)
+    assert (scratch.lower[:3] <= largest).all()
+    assert (scratch.upper[:3] >= largest).all()
+
+
 @every_kind
 def test_embeddings_are_the_unpacked_rows(
     fmt: str, group_size: int, codebook: tuple[int, ...]
@@ -377,8 +449,8 @@ def test_rounded_weights_multiply_like_the_weights() -> None:
 def store_tokens(k, v, position, table, is_int8):
     for t in range(len(k)):
         slot = (position + t) % table[kv_cache.CAPACITY]
-        for head in range(k.shape[1]):
-            attention.store_head(k[t, head], v[t, head], table, head, slot, is_int8)
+        for h in range(k.shape[1]):
+            attention.store_head(k[t, h], v[t, h], table, h, slot, is_int8)
 
 
 @team.stage
@@ -442,7 +514,7 @@ class Cache:
 
 
 def shape(n_heads: int, n_kv_heads: int, cap: float) -> Shape:
-    return Shape(0, 0, 0, n_heads, n_kv_heads, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, cap, 0.0)
+    return Shape(0, 0, 0, 0, n_heads, n_kv_heads, 0, 0, 0.0, 0.0, cap, 0.0)
 
 
 def grouped(q: Float32, n_kv_heads: int) -> Float32:
@@ -688,7 +760,8 @@ def test_add() -> None:
 @pytest.mark.parametrize("position", [0, 1, 511, 131071])
 def test_rotary_angles(position: int, base: float, scale: float) -> None:
     cos, sin = np.empty((2, 128), np.float32)
-    from_python(layers.rotary_angles)(position, base, scale, cos, sin)
+    frequencies = layers.rotary_frequencies(256, base, scale)
+    from_python(layers.rotary_angles)(position, frequencies, cos, sin)
     angles = position / scale * base ** (-np.arange(128) / 128)
     # Computed in float64 and rounded once, by 2^-25 at most; 131,072 radians cost 1e-11 besides.
     np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=2.0**-25 + 1e-10)

@@ -231,8 +231,8 @@ def test_an_impossible_header_length_is_refused(
         '{"__metadata__": {"format": "pt"}}',
         '{"__metadata__": {"format": ["gemma-cli"]}}',
         '{"__metadata__": {"format": "gemma-cli"}}',
-        '{"__metadata__": {"format": "gemma-cli", "version": "1"}}',
-        '{"__metadata__": {"format": "gemma-cli", "version": "1"}, "__metadata__": {}}',
+        '{"__metadata__": {"format": "gemma-cli", "version": "2"}}',
+        '{"__metadata__": {"format": "gemma-cli", "version": "2"}, "__metadata__": {}}',
         '{"n": ' + "9" * 10_000 + "}",
         '{"\\ud800": 1}',
     ],
@@ -255,8 +255,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 def test_another_version_is_refused_by_its_number(original: Path, tmp_path: Path) -> None:
     header, tensors = split(original)
-    header["__metadata__"]["version"] = "2"
-    with pytest.raises(GemmaError, match=r"version 2 .* reads version 1; convert"):
+    header["__metadata__"]["version"] = "1"
+    with pytest.raises(GemmaError, match=r"version 1 .* reads version 2; convert"):
         ModelFile.open(join(tmp_path / "a", header, tensors))
 
 

@@ -80,6 +80,29 @@ def test_codes_come_back(fmt: str, shape: tuple[int, int], group_size: int) -> N
     assert not unpacked_scales[n_rows:].any()  # so rows filled up are zero whatever their codes
 
 
+@pytest.mark.parametrize("shape", [(1, 32), (40, 256), (1024, 64), (1100, 64), (2200, 32)])
+def test_planes_are_nibbles_slab_by_slab(shape: tuple[int, int]) -> None:
+    """The high nibbles of 64 tiles as int4 tiles, then their low ones without scales."""
+    codes, scales = random_codes("int8", shape, 32)
+    tiles = packing.pack_codes("int8_planes", codes, scales)
+    assert tiles.shape == (-(-shape[0] // 16), packing.tile_bytes("int8_planes", shape[1], 32))
+    whole = np.zeros((16 * len(tiles), shape[1]), np.uint8)
+    whole[: len(codes)] = codes.astype(np.int64) + 128
+    whole[len(codes) :] = 128
+    some = np.zeros((len(whole), scales.shape[1]), np.float16)
+    some[: len(scales)] = scales
+    expected = bytearray()
+    for slab in range(0, len(whole), 1024):
+        rows = slice(slab, slab + 1024)
+        expected += packing.pack_codes("int4", whole[rows] >> 4, some[rows]).tobytes()
+        low = packing.pack_codes("int4", whole[rows] & 15, some[rows])
+        expected += low.reshape(len(low), -1, 288)[:, :, 32:].tobytes()
+    assert tiles.tobytes() == bytes(expected)
+    unpacked, unpacked_scales = packing.unpack_codes("int8_planes", tiles, shape[1], 32)
+    np.testing.assert_array_equal(unpacked[: len(codes)], codes)
+    np.testing.assert_array_equal(unpacked_scales[: len(codes)], scales)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_floats_lie_input_by_input_and_come_back(shape: tuple[int, int]) -> None:
     rows = np.random.default_rng(0).standard_normal(shape, np.float32)

@@ -45,19 +45,17 @@ class Shape(NamedTuple):
     sliding_window: int
     rms_norm_eps: float
     query_scale: float
-    rope_base: float
-    rope_scale: float
-    rope_local_base: float
     attention_soft_cap: float
     final_soft_cap: float
 
 
 class Weights(NamedTuple):
-    """Addresses of everything that is read from the mapping."""
+    """Addresses of everything that is read from the mapping, and the layers' kinds."""
 
     matrices: NDArray[np.int64]  # (7 n_layers + 1, matmul.N_COLUMNS)
     norms: NDArray[np.int64]  # (n_layers + 1, 6)
     slides: NDArray[np.bool_]  # (n_layers,)
+    frequencies: NDArray[np.float64]  # (2 global or sliding, head_dim / 2), of rotary positions
 
 
 class Scratch(NamedTuple):
@@ -99,8 +97,7 @@ def _start_token(t, thread, s, weights, scratch, tokens, positions, h):
     for kind in range(2):
         rotary_angles(
             position,
-            s.rope_local_base if kind else s.rope_base,
-            1.0 if kind else s.rope_scale,
+            weights.frequencies[kind],
             scratch.angles[kind, 0, t],
             scratch.angles[kind, 1, t],
         )

@@ -78,9 +78,26 @@ class KVCache:
     def copy(self) -> "KVCache":
         """A cache of its own with the same tokens in it."""
         twin = KVCache(self.config, self.context, self.kind, self.chunk_size)
-        twin._data[:], twin._scales[:] = self._data, self._scales
         twin.length = self.length
+        slots = 0
+        for capacity in self._capacities:
+            layer = slice(slots, slots + capacity)
+            used = -(-min(self.length, capacity) // BLOCK) * BLOCK
+            for copied, original in zip(twin._heads(layer), self._heads(layer), strict=True):
+                copied[:, :, :used] = original[:, :, :used]
+            slots += capacity
         return twin
+
+    def _heads(self, slots: slice) -> list[NDArray[np.generic]]:
+        """A layer's memory, (2 keys or values, n_kv_heads, capacity, ...); scales where there are.
+
+        Keys lie in tiles of BLOCK slots, so slots up to a multiple of BLOCK are the same memory.
+        """
+        n, size = self.config.n_kv_heads, self.config.head_dim
+        start, stop = slots.start * n, slots.stop * n
+        data = self._data[:, start * size : stop * size].reshape(2, n, -1, size)
+        scales = self._scales[:, start:stop]
+        return [data, scales.reshape(2, n, -1)] if scales.size else [data]
 
     def clear(self) -> None:
         self.length = 0

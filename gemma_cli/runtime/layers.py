@@ -2,6 +2,9 @@
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.vector import (
     address_of,
@@ -39,14 +42,21 @@ def add(x, y):
         store_f32(target + i, load_f32(target + i) + load_f32(source + i))
 
 
-@kernel
-def rotary_angles(position, base, scale, cos, sin):
-    """cos and sin of position / scale * base^(-2 i / head_dim), i below head_dim / 2.
+def rotary_frequencies(head_dim: int, base: float, scale: float) -> NDArray[np.float64]:
+    """base^(-2 i / head_dim) / scale, i below head_dim / 2: the angles that a position adds.
 
-    Rotary positions (Su et al. 2021, arXiv:2104.09864). cos, sin: float32 (head_dim / 2,).
+    Rotary positions (Su et al. 2021, arXiv:2104.09864).
     """
+    half = head_dim // 2
+    frequencies: NDArray[np.float64] = base ** (-np.arange(half) / half) / scale
+    return frequencies
+
+
+@kernel
+def rotary_angles(position, frequencies, cos, sin):
+    """cos and sin of position * frequencies, float64 (head_dim / 2,), as float32."""
     for i in range(cos.size):
-        angle = position / scale * base ** (-i / cos.size)
+        angle = position * frequencies[i]
         cos[i] = math.cos(angle)
         sin[i] = math.sin(angle)
 

@@ -20,6 +20,7 @@ from gemma_cli.runtime.forward import (
     n_stages,
 )
 from gemma_cli.runtime.kv_cache import KVCache
+from gemma_cli.runtime.layers import rotary_frequencies
 from quantize import packing
 from quantize.config import GemmaConfig
 from quantize.grouping import LINEAR_LEVELS
@@ -103,7 +104,13 @@ class Model:
                 if f"layers.{i}.{name}" in file.vectors:
                     norms[i, column] = file.vectors[f"layers.{i}.{name}"].ctypes.data
         norms[config.n_layers, 0] = file.vectors["final_norm"].ctypes.data
-        return Weights(matrices, norms, np.array(config.sliding_layers, np.bool_))
+        frequencies = np.stack(
+            [
+                rotary_frequencies(config.head_dim, config.rope_base, config.rope_scale),
+                rotary_frequencies(config.head_dim, config.rope_local_base, 1.0),
+            ]
+        )
+        return Weights(matrices, norms, np.array(config.sliding_layers, np.bool_), frequencies)
 
     def _matrix(self, name: str) -> tuple[int, ...]:
         """A matrix's row of the kernels' table."""

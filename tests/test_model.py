@@ -1,0 +1,90 @@
+"""A whole model: the same bits however its tokens are given to it, whatever logits are wanted."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from gemma_cli.runtime import Model
+from quantize.checkpoint import open_checkpoint
+from quantize.modelfile import ModelFile
+from quantize.pipeline import quantize
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = sorted(folder.name for folder in GOLDEN.iterdir())
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp(str(request.param)) / "model.safetensors"
+    quantize(open_checkpoint(GOLDEN / str(request.param)), path, bits=8)
+    return Model(ModelFile.open(path), n_threads=2, chunk_size=48)
+
+
+def random_ids(model: Model, n: int, seed: int = 0) -> NDArray[np.int32]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, model.config.vocab_size, n).astype(np.int32)
+
+
+@pytest.mark.parametrize("kv", ["f16", "int8"])
+def test_logits_after_each_id_are_those_one_by_one(model: Model, kv: str) -> None:
+    ids = random_ids(model, 120)
+    one, several = model.new_cache(200, kv), model.new_cache(200, kv)
+    expected = np.stack([model.forward([token], one) for token in ids])
+    for start, stop in ((0, 16), (16, 17), (17, 24), (24, 104), (104, 107), (107, 120)):
+        part = ids[start:stop]
+        if len(part) <= 16:
+            np.testing.assert_array_equal(model.forward_each(part, several), expected[start:stop])
+        else:  # in chunks, through expanded panels
+            np.testing.assert_array_equal(model.forward(part, several), expected[stop - 1])
+
+
+def test_several_caches_in_lockstep_are_each_alone(model: Model) -> None:
+    prompts = [random_ids(model, n, seed=n) for n in (3, 40, 75, 1)]
+    caches = [model.new_cache(100) for _ in prompts]
+    alone = [model.new_cache(100) for _ in prompts]
+    for prompt, *both in zip(prompts, caches, alone, strict=True):
+        for cache in both:
+            model.forward(prompt, cache)
+    for step in range(5):
+        ids = random_ids(model, len(prompts), seed=step)
+        expected = [model.forward([token], c) for token, c in zip(ids, alone, strict=True)]
+        np.testing.assert_array_equal(model.decode(ids, caches), expected)
+    assert [cache.length for cache in caches] == [cache.length for cache in alone]
+
+
+@pytest.mark.parametrize("n_best", [1, 5])
+def test_the_best_logits_are_the_best_of_all(model: Model, n_best: int) -> None:
+    ids = random_ids(model, 60)
+    every, best = model.new_cache(100), model.new_cache(100)
+    expected = np.stack([model.forward([token], every) for token in ids])
+    logits = np.concatenate(
+        [model.forward_each(part, best, n_best=n_best) for part in np.array_split(ids, 7)]
+    )
+    known = np.isfinite(logits)
+    np.testing.assert_array_equal(logits[known], expected[known])
+    largest = np.argsort(-expected, axis=1, kind="stable")[:, :n_best]
+    np.testing.assert_array_equal(np.argsort(-logits, axis=1, kind="stable")[:, :n_best], largest)
+    everything = model.forward([1], every, n_best=model.config.vocab_size)
+    assert np.isfinite(everything).all()
+
+
+def test_a_truncated_cache_goes_on_as_if_nothing_had_been_there(model: Model) -> None:
+    """By as many tokens as a draft has, also where sliding windows have gone round."""
+    ids = random_ids(model, 90)
+    plain, cut = model.new_cache(120), model.new_cache(120)
+    model.forward(ids[:70], plain)
+    model.forward(ids[:70], cut)
+    model.forward_each(random_ids(model, 16, seed=5), cut)
+    cut.truncate(70)
+    np.testing.assert_array_equal(model.forward(ids[70:], cut), model.forward(ids[70:], plain))
+
+
+def test_a_copied_cache_goes_on_like_the_first(model: Model) -> None:
+    ids = random_ids(model, 90)
+    cache = model.new_cache(120)
+    model.forward(ids[:75], cache)
+    twin = cache.copy()
+    expected = model.forward(ids[75:], cache)
+    np.testing.assert_array_equal(model.forward(ids[75:], twin), expected)
