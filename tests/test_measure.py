@@ -47,7 +47,7 @@ class Table:
     def logits(self, ids: Sequence[int], position: int) -> NDArray[np.float32]:
         return self.table[ids[position], position].astype(np.float32)
 
-    def forward(self, ids: Sequence[int], cache: Cache) -> NDArray[np.float32]:
+    def forward(self, ids: Sequence[int], cache: Cache, n_best: int = 0) -> NDArray[np.float32]:
         self.calls.append((len(cache.ids), len(ids)))
         cache.ids += list(ids)
         return self.logits(cache.ids, len(cache.ids) - 1)

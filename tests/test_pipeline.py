@@ -64,20 +64,26 @@ def partials(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("bits", "layers", "embed"),
-    [(4, "int4", "int8"), (8, "int8", "int8"), (16, "bf16", "bf16"), (32, "f32", "f32")],
+    ("recipe", "bits", "layers", "embed"),
+    [
+        ("default", 4, "int4", "int8_planes"),
+        ("small", 4, "int4", "int4"),
+        ("default", 8, "int8", "int8_planes"),
+        ("default", 16, "bf16", "bf16"),
+        ("default", 32, "f32", "f32"),
+    ],
 )
-def test_the_default_recipe(
-    source: Path, tmp_path: Path, bits: int, layers: str, embed: str
+def test_recipes(
+    source: Path, tmp_path: Path, recipe: str, bits: int, layers: str, embed: str
 ) -> None:
     checkpoint, output = open_checkpoint(source), tmp_path / "new" / "a.safetensors"
-    summary = quantize(checkpoint, output, bits=bits)
+    summary = quantize(checkpoint, output, bits=bits, recipe=recipe)
     file = ModelFile.open(output)
     for name, m in file.matrices.items():
         assert m.format == (embed if name == "embed" else layers)
         assert m.group_size == (32 if bits in {4, 8} else 0)
         assert m.codebook == (LINEAR_LEVELS if m.format == "int4" else None)
-    planned = plan(checkpoint, bits)
+    planned = plan(checkpoint, bits, recipe=recipe)
     assert {p.name: p.spec for p in planned} == file.matrices
     assert not any(p.exact for p in planned)
     assert summary.bytes == output.stat().st_size
@@ -180,7 +186,10 @@ def test_larger_groups(tmp_path: Path, bits: int, group_size: int) -> None:
     assert file.recipe == f"default, {bits} bits, groups of {group_size}"
     for name, m in file.matrices.items():
         assert m.group_size == group_size
-        assert m.bits_per_weight == {"int4": 4, "int8": 8}[m.format] + 16 / group_size
+        assert (
+            m.bits_per_weight
+            == {"int4": 4, "int8": 8, "int8_planes": 8}[m.format] + 16 / group_size
+        )
         wide = checkpoint.tensors[name].rows(0, m.n_out)
         largest = np.abs(wide.reshape(m.n_out, -1, group_size)).max(-1)
         # Half a step; at 4 bits a whole one, for what would be 8 becomes 7. float16's 11 bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,11 +57,16 @@ def load_model(file: ModelFile, threads: int | None) -> Model:
 
 def load(name: str | None, threads: int | None) -> Loaded:
     """Opens a model file; the tokenizer loads while the kernels do."""
+    # Loading makes objects by the hundred thousand that live to the end: looking through them for
+    # garbage again and again would take a tenth of a second.
+    gc.disable()
     file = open_model(name)
     with ThreadPoolExecutor(1) as pool:
         tokenizer = pool.submit(load_tokenizer, file)
-        model = load_model(file, threads)
-        return Loaded(file, tokenizer.result(), model)
+        loaded = Loaded(file, model=load_model(file, threads), tokenizer=tokenizer.result())
+    gc.freeze()
+    gc.enable()
+    return loaded
 
 
 def check_context(file: ModelFile, tokens: int, option: str) -> None:
