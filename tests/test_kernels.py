@@ -30,7 +30,7 @@ GROUP_SIZES = (32, 64, 128)
 FULL_LEVELS = (-128, *IQ4_NL_LEVELS[1:15], 127)
 """A codebook that has int8's lowest level, whose negative is no int8, and its highest."""
 
-TOKEN_COUNTS = (1, 2, matmul.TOKENS, matmul.FEW, matmul.FEW + 3)
+TOKEN_COUNTS = (1, 2, matmul.SOME + 1, matmul.FEW, matmul.FEW + 3)
 
 
 def addresses(matrices: Sequence[twins.Matrix], codebooks: NDArray[np.uint8]) -> NDArray[np.int64]:

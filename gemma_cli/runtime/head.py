@@ -24,10 +24,10 @@ from gemma_cli.runtime.matmul import (
     GROUP_SIZE,
     N_IN,
     N_TILES,
-    PREFETCH,
     SCALES,
-    TOKENS,
+    SOME,
     first_tile,
+    look_ahead,
     multiply_coded,
     some_inputs,
     tile_address,
@@ -66,7 +66,7 @@ class Scratch(NamedTuple):
     lower: NDArray[np.float32]  # (FEW, n_tiles), what a tile's largest logit is at least
     upper: NDArray[np.float32]  # (FEW, n_tiles), what it is at most
     thresholds: NDArray[np.float32]  # (FEW,), what the n_best largest logits are at least
-    bounds: NDArray[np.float32]  # (n_threads, 2, TOKENS, 16)
+    bounds: NDArray[np.float32]  # (n_threads, 2, SOME, 16)
 
 
 def allocate(n_threads: int, hidden_size: int, n_tiles: int) -> Scratch:
@@ -78,7 +78,7 @@ def allocate(n_threads: int, hidden_size: int, n_tiles: int) -> Scratch:
         np.zeros(tiles, np.float32),
         np.zeros(tiles, np.float32),
         np.zeros(FEW, np.float32),
-        np.zeros((n_threads, 2, TOKENS, 16), np.float32),
+        np.zeros((n_threads, 2, SOME, 16), np.float32),
     )
 
 
@@ -99,29 +99,43 @@ def _rank_kernel(n):
     """The kernel of one tile for n tokens."""
 
     @kernel
-    def rank_tile(matrix, w, codes, codes_stride, scales, offsets, variances, stride, bounds):
+    def rank_tile(
+        matrix,
+        w,
+        ahead,
+        share,
+        codes,
+        codes_stride,
+        scales,
+        offsets,
+        variances,
+        stride,
+        bounds,
+    ):
         """Bounds of 16 logits of n tokens: bounds[0, t] what they are at least, [1, t] at most.
 
-        w: address of the tile's high plane; the other addresses as in matmul; bounds: address of
-        float32 (2, TOKENS, 16).
+        w: address of the tile's high plane; ahead, share, the inputs: as in matmul's kernels;
+        bounds: address of float32 (2, SOME, 16).
         """
+        part, gap = 256 // share, SCALES // share
         estimate, variance = zeros(n), zeros(n)
         for _ in range(matrix[N_IN] // matrix[GROUP_SIZE]):
             scale = load_f16(w)
             square = scale * scale
-            w += SCALES
+            w, ahead = w + SCALES, ahead + gap
             for _ in range(matrix[GROUP_SIZE] // 32):
-                for line in range(0, 256, 64):
-                    prefetch(w + PREFETCH + line)
+                for line in range(0, part, 64):
+                    prefetch(ahead + line)
+                ahead += part
                 dots = dots_int4(w, codes, codes_stride, offsets, stride, n)
                 estimate = add_scaled(estimate, dots, scale, scales, stride)
                 variance = add_outer(variance, square, variances, stride)
                 w, codes = w + 256, codes + 32
                 scales, offsets, variances = scales + 4, offsets + 4, variances + 4
         store_rows(bounds, 64, estimate, n)
-        store_rows(bounds + 64 * TOKENS, 64, variance, n)
+        store_rows(bounds + 64 * SOME, 64, variance, n)
         for t in range(0, 64 * n, 64):
-            low, high = bounds + t, bounds + 64 * TOKENS + t
+            low, high = bounds + t, bounds + 64 * SOME + t
             middle, reach = load_f32(low), splat(MARGIN) * sqrt(load_f32(high))
             store_f32(low, middle - reach)
             store_f32(high, middle + reach)
@@ -129,7 +143,7 @@ def _rank_kernel(n):
     return rank_tile
 
 
-_rank_one, _rank_some = _rank_kernel(1), _rank_kernel(TOKENS)
+_rank_one, _rank_some = _rank_kernel(1), _rank_kernel(SOME)
 
 
 @stage
@@ -140,15 +154,18 @@ def rank(item, thread, matrices, vocab_size, h, scratch, n_threads):
     """
     matrix = matrices[0]
     n_tiles, n_tokens = matrix[N_TILES], len(h.codes)
-    bounds = scratch.bounds[thread]
+    bounds, passes = scratch.bounds[thread], (n_tokens + SOME - 1) // SOME
     start = first_tile(item, n_tiles, n_threads)
     stop = first_tile(item + 1, n_tiles, n_threads)
     for tile in range(start, stop):
         w, _ = tile_address(matrix, tile)
-        for first in range(0, n_tokens, TOKENS):
+        for first in range(0, n_tokens, SOME):
+            ahead, _ = look_ahead(matrix, tile, first // SOME, passes)
             args = (
                 matrix,
                 w,
+                ahead,
+                passes,
                 address_of(h.codes[first]),
                 h.codes.strides[0],
                 address_of(scratch.scales[first]),
@@ -157,11 +174,11 @@ def rank(item, thread, matrices, vocab_size, h, scratch, n_threads):
                 scratch.scales.strides[0],
                 address_of(bounds),
             )
-            if n_tokens == 1:
+            if n_tokens - first == 1:
                 _rank_one(*args)
             else:
                 _rank_some(*args)
-            for t in range(first, min(first + TOKENS, n_tokens)):
+            for t in range(first, min(first + SOME, n_tokens)):
                 scratch.lower[t, tile] = horizontal_max(load_f32(address_of(bounds[0, t - first])))
                 scratch.upper[t, tile] = horizontal_max(load_f32(address_of(bounds[1, t - first])))
     if stop == n_tiles and vocab_size < 16 * n_tiles:

@@ -75,13 +75,16 @@ TOKENS = 8 if isa.NAME == "avx512vnni" else 4
 FEW = 16
 """Tokens up to which codes are used as they are read."""
 
+SOME = 4
+"""Of few tokens, those that go at once: as many as the memory gives time for."""
+
 PANEL = 1024
 """Inputs of a tile that are expanded at once, a multiple of every group size: 16 KB."""
 
 SIDE = 8
 """Tiles whose PANEL inputs are used one after the other."""
 
-PREFETCH = 1024  # Bytes from a block to the one to ask the memory for.
+PREFETCH = 2048
 SCALES = 32  # Bytes of the 16 float16 scales that open a block.
 
 
@@ -139,19 +142,17 @@ def _float_kernel(n):
     return multiply
 
 
-def _coded_kernel(n):
-    """The kernel of some groups of a tile's codes for n tokens."""
+def _few_kernel(n):
+    """The kernel of an int4 or int8 tile for n tokens, which uses codes as they are read."""
 
     @kernel
     def multiply(
-        fmt,
-        n_groups,
-        group_size,
-        scale,
+        matrix,
         w,
-        step,
         low,
-        codebook,
+        ahead,
+        low_ahead,
+        share,
         codes,
         codes_stride,
         scales,
@@ -160,57 +161,88 @@ def _coded_kernel(n):
         y,
         y_stride,
         count,
-        first,
     ):
-        """Adds to y[t, 0:16], or fills it if this is the `first` part, for `count` of n tokens.
+        """Fills y[t, 0:16] for the first `count` of n tokens.
 
-        fmt: of the codes at the address w. scale: address of the first group's scales, `step`
-        bytes from those of the next, and so are codes that were not expanded; low: address of the
-        low nibbles, for PLANES. codes, scales,
-        offsets: addresses of the first token's inputs as quantize_row leaves them; tokens are
-        `codes_stride` and `stride` bytes apart.
+        w, low: addresses of the tile and, for PLANES, of its low nibbles; ahead, low_ahead: of
+        what the memory is asked for meanwhile, of each 32 inputs one part in `share`. codes,
+        scales, offsets: of the first token's inputs as quantize_row leaves them, tokens
+        `codes_stride` and `stride` bytes apart; y as in _float_kernel.
         """
-        acc = zeros(n) if first else load_rows(y, y_stride, count, n)
-        for _ in range(n_groups):
-            w_scale = load_f16(scale)
-            scale += step
-            for _ in range(group_size // 32):
+        fmt, acc = matrix[FORMAT], zeros(n)
+        part = (512 if fmt == INT8 else 256) // share
+        gap = SCALES // share
+        for _ in range(matrix[N_IN] // matrix[GROUP_SIZE]):
+            w_scale = load_f16(w)
+            w, ahead = w + SCALES, ahead + gap
+            for _ in range(matrix[GROUP_SIZE] // 32):
+                for line in range(0, part, 64):
+                    prefetch(ahead + line)
+                ahead += part
                 if fmt == INT4:
-                    for line in range(0, 256, 64):
-                        prefetch(w + PREFETCH + line)
                     dots = dots_int4(w, codes, codes_stride, offsets, stride, n)
                     w += 256
                 elif fmt == INT4_CODEBOOK:
-                    for line in range(0, 256, 64):
-                        prefetch(w + PREFETCH + line)
-                    dots = dots_codebook(w, codebook, codes, codes_stride, offsets, stride, n)
+                    levels = matrix[CODEBOOK]
+                    dots = dots_codebook(w, levels, codes, codes_stride, offsets, stride, n)
                     w += 256
                 elif fmt == PLANES:
-                    for line in range(0, 256, 64):
-                        prefetch(w + PREFETCH + line)
-                        prefetch(low + PREFETCH + line)
+                    for line in range(0, part, 64):
+                        prefetch(low_ahead + line)
+                    low_ahead += part
                     dots = dots_planes(w, low, codes, codes_stride, offsets, stride, n)
                     w, low = w + 256, low + 256
-                elif fmt == EXPANDED:
-                    dots = dots_expanded(w, codes, codes_stride, offsets, stride, n)
-                    w += 512
                 else:
-                    if fmt == INT8:
-                        for line in range(0, 512, 64):
-                            prefetch(w + PREFETCH + line)
                     dots = dots_int8(w, codes, codes_stride, offsets, stride, n)
                     w += 512
                 acc = add_scaled(acc, dots, w_scale, scales, stride)
                 codes, scales, offsets = codes + 32, scales + 4, offsets + 4
-            if fmt < EXPANDED:  # The next group's scales lie in between.
-                w += SCALES
         store_rows(y, y_stride, acc, count)
 
     return multiply
 
 
+@kernel
+def _multiply_panel(
+    fmt,
+    n_groups,
+    group_size,
+    w,
+    w_scales,
+    step,
+    codes,
+    codes_stride,
+    scales,
+    offsets,
+    stride,
+    y,
+    y_stride,
+    count,
+    first,
+):
+    """Adds some groups to y[t, 0:16], or fills it with the `first`, for `count` of TOKENS tokens.
+
+    fmt: EXPANDED, BYTES or INT8; w: address of the first group's bytes; w_scales: of its scales,
+    `step` bytes from those of the next, and so are bytes of INT8. The rest as in _few_kernel.
+    """
+    acc = zeros(TOKENS) if first else load_rows(y, y_stride, count, TOKENS)
+    for _ in range(n_groups):
+        w_scale = load_f16(w_scales)
+        w_scales += step
+        for _ in range(group_size // 32):
+            if fmt == EXPANDED:
+                dots = dots_expanded(w, codes, codes_stride, offsets, stride, TOKENS)
+            else:
+                dots = dots_int8(w, codes, codes_stride, offsets, stride, TOKENS)
+            acc = add_scaled(acc, dots, w_scale, scales, stride)
+            w, codes, scales, offsets = w + 512, codes + 32, scales + 4, offsets + 4
+        if fmt == INT8:
+            w += SCALES
+    store_rows(y, y_stride, acc, count)
+
+
 _float_one, _float_some = _float_kernel(1), _float_kernel(TOKENS)
-_coded_one, _coded_some = _coded_kernel(1), _coded_kernel(TOKENS)
+_one, _some = _few_kernel(1), _few_kernel(SOME)
 
 
 @kernel
@@ -264,33 +296,45 @@ def tile_address(matrix, tile):
 
 
 @kernel
+def look_ahead(matrix, tile, pass_, passes):
+    """Where to ask the memory ahead of a tile's codes, and of its low nibbles for PLANES.
+
+    A tile that is used once streams by. While one is used several times the next one comes, a part
+    in every pass.
+    """
+    w, low = tile_address(matrix, tile)
+    if passes == 1:
+        return w + PREFETCH, low + PREFETCH
+    next_w, next_low = tile_address(matrix, tile + 1)
+    n_bytes = (512 if matrix[FORMAT] == INT8 else 256) * (matrix[N_IN] // 32) // passes
+    return next_w + pass_ * n_bytes, next_low + pass_ * n_bytes
+
+
+@kernel
 def _multiply_part(matrix, tile, start, stop, h, y, y_stride, panel):
-    """Adds the inputs start to stop of one int4 or int8 tile; y: address of its first outputs."""
+    """Adds the inputs start to stop of one tile for many tokens; as multiply_coded."""
     n_tokens, group_size, fmt = len(h.codes), matrix[GROUP_SIZE], matrix[FORMAT]
     n_groups = (stop - start) // group_size
     address, low = tile_address(matrix, tile)
     step = SCALES + group_size // 32 * (512 if fmt == INT8 else 256)
-    scale = address + start // group_size * step
-    w, ahead = scale + SCALES, 0
-    if n_tokens > FEW:
-        # While these tokens are multiplied, the next tile's codes come from the memory.
-        ahead = n_groups * step
-        if fmt != INT8:
-            w = address_of(panel)
-            fmt = _expand(matrix, scale + SCALES, low + 8 * start, n_groups, w)
-    next_tile = scale + matrix[N_IN] // group_size * step
+    w_scales = address + start // group_size * step
+    w = w_scales + SCALES
+    if fmt != INT8:
+        fmt = _expand(matrix, w, low + 8 * start, n_groups, address_of(panel))
+        w = address_of(panel)
+    # While these tokens are multiplied, the next tile's codes come from the memory.
+    next_tile = w_scales + matrix[N_IN] // group_size * step
+    n_bytes = n_groups * step
     for t in range(0, n_tokens, TOKENS):
-        for line in range(ahead * t // n_tokens, ahead * (t + TOKENS) // n_tokens, 64):
+        for line in range(n_bytes * t // n_tokens, n_bytes * (t + TOKENS) // n_tokens, 64):
             prefetch(next_tile + line)
-        args = (
+        _multiply_panel(
             fmt,
             n_groups,
             group_size,
-            scale,
             w,
+            w_scales,
             step,
-            low,
-            matrix[CODEBOOK],
             address_of(h.codes[t, start:]),
             h.codes.strides[0],
             address_of(h.scales[t, start // 32 :]),
@@ -301,33 +345,53 @@ def _multiply_part(matrix, tile, start, stop, h, y, y_stride, panel):
             n_tokens - t,
             start == 0,
         )
-        if n_tokens == 1:
-            _coded_one(*args)
-        else:
-            _coded_some(*args)
+
+
+@kernel
+def _multiply_many(matrix, first, last, h, y, y_stride, panel):
+    """multiply_coded for many tokens: SIDE tiles go through the inputs side by side, so that these
+    come from the L2 cache."""
+    n_in = matrix[N_IN]
+    for some in range(first, last, SIDE):
+        for start in range(0, n_in, PANEL):
+            stop = min(start + PANEL, n_in)
+            for tile in range(some, min(some + SIDE, last)):
+                out = y + 64 * (tile - first)
+                _multiply_part(matrix, tile, start, stop, h, out, y_stride, panel)
 
 
 @kernel
 def multiply_coded(matrix, first, last, h, y, y_stride, panel):
-    """int4 or int8 tiles; h: the inputs as in matmul, y: address of the first one's outputs.
-
-    Many tokens take SIDE tiles at a time through the inputs, so that these come from the L2 cache.
-    """
-    n_in = matrix[N_IN]
-    size = PANEL if len(h.codes) > FEW else n_in
-    for some in range(first, last, SIDE):
-        for start in range(0, n_in, size):
-            for tile in range(some, min(some + SIDE, last)):
-                _multiply_part(
-                    matrix,
-                    tile,
-                    start,
-                    min(start + size, n_in),
-                    h,
-                    y + 64 * (tile - first),
-                    y_stride,
-                    panel,
-                )
+    """int4 or int8 tiles; h: the inputs as in matmul, y: address of the first one's outputs."""
+    n_tokens = len(h.codes)
+    if n_tokens > FEW:
+        _multiply_many(matrix, first, last, h, y, y_stride, panel)
+        return
+    passes = (n_tokens + SOME - 1) // SOME
+    for tile in range(first, last):
+        w, low = tile_address(matrix, tile)
+        for t in range(0, n_tokens, SOME):
+            ahead, low_ahead = look_ahead(matrix, tile, t // SOME, passes)
+            args = (
+                matrix,
+                w,
+                low,
+                ahead,
+                low_ahead,
+                passes,
+                address_of(h.codes[t]),
+                h.codes.strides[0],
+                address_of(h.scales[t]),
+                address_of(h.offsets[t]),
+                h.scales.strides[0],
+                y + 64 * (tile - first) + t * y_stride,
+                y_stride,
+                n_tokens - t,
+            )
+            if n_tokens - t == 1:
+                _one(*args)
+            else:
+                _some(*args)
 
 
 @kernel
