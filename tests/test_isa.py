@@ -3,14 +3,17 @@
 Sets that this machine has run all of `test_kernels.py`, in a process each. Those that it lacks run
 their integer products, the only code that is written for each set, with the instructions spelled
 out in plain ones (`lowered.py`), and their assembly must hold the instructions that they are for.
+An emulator runs those of ARM, too, with other building blocks of the kernels (`emulated.py`).
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import emulated
 import pytest
 
 from gemma_cli.runtime import isa
@@ -193,3 +196,27 @@ def test_integer_products_of_every_set(name: str, tmp_path: Path) -> None:
         assert re.search(lookup, code) or not function.endswith("_codebook")
         # What LLVM has no instruction for on this CPU would be a call.
         assert not re.search(r"^\s+(callq?|bl)\s", code, re.MULTILINE)
+
+
+def missing_for_arm() -> str:
+    """What this machine lacks to build and run programs for ARM, as packages of Debian."""
+    found = {
+        "qemu-user": shutil.which(emulated.EMULATOR),
+        "gcc-aarch64-linux-gnu": shutil.which(emulated.COMPILER),
+    }
+    if found["gcc-aarch64-linux-gnu"]:
+        asked = [emulated.COMPILER, "-print-file-name=libc.a"]
+        answer = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+        found["libc6-dev-arm64-cross"] = os.path.isabs(answer)
+    return ", ".join(package for package, there in found.items() if not there)
+
+
+@pytest.mark.parametrize("name", ["i8mm", "neon"])
+def test_building_blocks_on_an_emulated_arm_cpu(name: str, tmp_path: Path) -> None:
+    """Integers exactly, floats within the bounds that emulated.py asserts."""
+    if missing := missing_for_arm():
+        # The README's tests need no root; those of .ci/run do not do with less.
+        required = os.environ.get("GEMMA_CLI_REQUIRE_QEMU")
+        (pytest.fail if required else pytest.skip)(f"Debian's {missing} would be needed.")
+    output = run_python(tmp_path, str(TESTS / "emulated.py"), name, str(tmp_path))
+    assert {"dots_int4", "dots_planes", "store_f16", "score"} <= set(output.split())
