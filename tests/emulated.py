@@ -1,13 +1,13 @@
-"""What ARM CPUs make of the kernels' building blocks, on a machine that need not be one.
+"""What ARM CPUs make of the kernels, on a machine that need not be one.
 
     python emulated.py neon /tmp/folder
 
-compiles their LLVM for an aarch64 CPU with that instruction set, runs it under qemu on examples
-and compares the results with the twins' and NumPy's. A process of its own for the reason that
-`lowered.py`, which spells the instructions out instead, gives.
+compiles LLVM code for an aarch64 CPU with that instruction set, runs it under qemu on examples and
+compares the results with the twins' and NumPy's: that of the integer products and of some other
+building blocks by themselves, and that of whole kernels (`emulated_kernels.py`). A process of its
+own for the reason that `lowered.py`, which spells the instructions out instead, gives.
 """
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,20 +168,46 @@ def check_score(cases: Array, out: Array) -> None:
     assert (np.abs(out - queries @ keys) <= bound).all()
 
 
-def link(name: str, blocks: dict[str, Block], folder: Path) -> Path:
+def kernel_blocks() -> tuple[dict[str, Block], list[llvm.ModuleRef]]:
+    """Whole kernels, and their code, which the blocks call."""
+    import emulated_kernels as kernels  # noqa: PLC0415
+
+    blocks, modules = {}, []
+    for kernel, results, (cases, check) in (
+        (kernels.product, kernels.PRODUCT_RESULT, kernels.products()),
+        (kernels.attend, kernels.ATTENTION_RESULT, kernels.attentions()),
+    ):
+        name, module = kernels.compile_only(kernel)
+        blocks[kernel.__name__] = Block(call_numba(name), cases, results, check)
+        modules.append(module)
+    return blocks, modules
+
+
+def call_numba(name: str) -> Emit:
+    """Calls a function that Numba has compiled for two int64."""
+
+    def emit(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
+        # Addresses, for a result and an exception, that there are not.
+        pointer = _I64.as_pointer()
+        function_type = ir.FunctionType(ir.IntType(32), [pointer, pointer, _I64, _I64])
+        function = ir.Function(b.module, function_type, name)
+        b.call(function, [b.alloca(_I64), b.alloca(_I64), case, out])
+
+    return emit
+
+
+def link(name: str, blocks: dict[str, Block], modules: list[llvm.ModuleRef], folder: Path) -> Path:
     """A program for such a CPU: emulated.c, and the blocks' functions in a table."""
     module = lowered.build_module({key: block.emit for key, block in blocks.items()})
     addresses = [module.get_global(f"run_{key}") for key in blocks]
     table = ir.ArrayType(addresses[0].type, len(addresses))
     functions = ir.GlobalVariable(module, table, "functions")
     functions.initializer = ir.Constant(table, addresses)
-    machine, optimized = lowered.lower(name, module)
-    # What LLVM has no instruction for on this CPU would be a call.
-    assert not re.search(r"^\s+bl\s", machine.emit_assembly(optimized), re.MULTILINE)
-    (folder / "blocks.o").write_bytes(machine.emit_object(optimized))
-    program, harness = folder / "emulated", Path(__file__).with_suffix(".c")
-    command = [COMPILER, "-O1", "-static", "-o", program, harness, folder / "blocks.o"]
-    subprocess.run(command, check=True)
+    machine, optimized = lowered.lower(name, module, modules)
+    code, program = folder / "blocks.o", folder / "emulated"
+    code.write_bytes(machine.emit_object(optimized))
+    harness = Path(__file__).with_suffix(".c")
+    subprocess.run([COMPILER, "-O1", "-static", "-o", program, harness, code, "-lm"], check=True)
     return program
 
 
@@ -202,7 +228,9 @@ def main(name: str, folder: Path) -> None:
     lowered.pretend_cpu(name)
     integers = lowered.integer_functions()
     blocks = {key: integer_block(key, emit) for key, emit in integers.items()} | float_blocks()
-    program = link(name, blocks, folder)
+    kernels, modules = kernel_blocks()
+    blocks |= kernels
+    program = link(name, blocks, modules, folder)
     for index, (key, block) in enumerate(blocks.items()):
         out = run(program, index, block)
         assert len(out) == len(block.cases), key

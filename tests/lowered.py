@@ -11,9 +11,10 @@ chooses its instruction set when it is first imported.
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -67,10 +68,13 @@ def pretend_cpu(name: str) -> None:
     """Makes the runtime, which is not imported yet, see a CPU with that instruction set."""
     features = llvm.FeatureMap(dict.fromkeys(TARGETS[name][3], True))
     llvm.get_host_cpu_features = lambda: features
-    os.environ["GEMMA_CLI_ISA"] = name  # It may be asked for less than this machine has.
-    from gemma_cli.runtime import isa  # noqa: PLC0415
+    # What Numba itself compiles here need not know more of this CPU.
+    os.environ.update(GEMMA_CLI_ISA=name, NUMBA_CPU_NAME="generic")
+    with patch("platform.machine", lambda: "pretended"):
+        from gemma_cli.runtime import isa  # noqa: PLC0415
 
     assert name == isa.NAME
+    isa.MACHINE = "arm" if TARGETS[name][0].startswith("aarch64") else "x86"
 
 
 def call(b: ir.IRBuilder, intrinsic: Any, *args: ir.Value | int) -> ir.Value:
@@ -147,17 +151,22 @@ def build_module(
     return module
 
 
-def lower(name: str, module: ir.Module) -> tuple[llvm.TargetMachine, llvm.ModuleRef]:
-    """The module, optimized for a CPU of TARGETS, and what makes that CPU's code of it."""
+def lower(
+    name: str, module: ir.Module, others: Sequence[llvm.ModuleRef] = ()
+) -> tuple[llvm.TargetMachine, llvm.ModuleRef]:
+    """The modules as one, optimized for a CPU of TARGETS, and what makes that CPU's code of it."""
     triple, cpu, features, _ = TARGETS[name]
     machine = llvm.Target.from_triple(triple).create_target_machine(
         cpu=cpu, features=features, opt=3
     )
-    parsed = llvm.parse_assembly(str(module))
-    parsed.triple, parsed.data_layout = triple, str(machine.target_data)
-    parsed.verify()
-    optimize(parsed, machine)
-    return machine, parsed
+    first, *rest = (llvm.parse_assembly(str(part)) for part in (module, *others))
+    for part in (first, *rest):
+        part.triple, part.data_layout = triple, str(machine.target_data)
+    for part in rest:
+        first.link_in(part)
+    first.verify()
+    optimize(first, machine)
+    return machine, first
 
 
 def optimize(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
