@@ -2,21 +2,28 @@
 
     python lowered.py neon
 
-prints the assembly of every product for a CPU with that instruction set, after running the same
-LLVM code here, with that set's instructions (`_MEANINGS`) spelled out, and comparing the results
-with the twins'. A process of its own, because the runtime chooses its instruction set when it is
-first imported.
+prints the assembly of every product, and of every expansion of codes, for a CPU with that
+instruction set, after running the same LLVM code here, with that set's instructions (`_MEANINGS`)
+spelled out, and comparing the results with the twins'. A process of its own, because the runtime
+chooses its instruction set when it is first imported.
 """
 
 import ctypes
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import llvmlite.binding as llvm
 import numpy as np
 import twins
 from llvmlite import ir
 from numpy.typing import NDArray
+
+from quantize import packing
+from quantize.grouping import LINEAR_LEVELS
 
 # For each instruction set: target triple, CPU, features beyond that CPU's, and what LLVM calls the
 # features of such a CPU.
@@ -29,62 +36,137 @@ TARGETS = {
     ),
     "avxvnni": ("x86_64-unknown-linux-gnu", "alderlake", "", ("avx2", "fma", "f16c", "avxvnni")),
     "avx2": ("x86_64-unknown-linux-gnu", "haswell", "", ("avx2", "fma", "f16c")),
+    "i8mm": ("aarch64-unknown-linux-gnu", "generic", "+dotprod,+i8mm", ("dotprod", "i8mm")),
     "neon": ("aarch64-unknown-linux-gnu", "generic", "+dotprod", ("dotprod",)),
     "plain": ("x86_64-unknown-linux-gnu", "x86-64", "", ()),
 }
 
 TOKENS = 4
-RUNS = {"int4": 256, "codebook": 256, "int8": 512}  # bytes of 16 rows' codes of 32 inputs
+CASES = 20
 CODEBOOK = (-128, -100, -77, -60, -43, -31, -20, -9, 0, 12, 24, 37, 53, 69, 90, 127)
+
+CASE = np.dtype(
+    [
+        ("w", np.uint8, 512),  # 16 rows' codes of 32 inputs; of planes the high nibbles, the low
+        ("levels", np.uint8, 16),
+        ("x", np.int8, (TOKENS, 32)),
+        ("offsets", np.int32, TOKENS),
+    ]
+)
+"""What a product reads."""
+
+_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+
+# What the intrinsics want of Numba: a value for those that give none.
+_CONTEXT = SimpleNamespace(get_dummy_value=lambda: None)
+
+Emit = Callable[[ir.IRBuilder, ir.Value, ir.Value], None]
+"""Emits the body of a function of two addresses: of a case, and of its result."""
 
 
 def pretend_cpu(name: str) -> None:
     """Makes the runtime, which is not imported yet, see a CPU with that instruction set."""
     features = llvm.FeatureMap(dict.fromkeys(TARGETS[name][3], True))
     llvm.get_host_cpu_features = lambda: features
-    from gemma_cli.runtime import isa  # noqa: PLC0415
+    # What Numba itself compiles here need not know more of this CPU.
+    os.environ.update(GEMMA_CLI_ISA=name, NUMBA_CPU_NAME="generic")
+    with patch("platform.machine", lambda: "pretended"):
+        from gemma_cli.runtime import isa  # noqa: PLC0415
 
     assert name == isa.NAME
+    isa.MACHINE = "arm" if TARGETS[name][0].startswith("aarch64") else "x86"
 
 
-def build_module(kind: str, define: Callable[[ir.Module], None] | None = None) -> ir.Module:
-    """A module with `products(w, levels, x, offsets, out)`, all addresses, for TOKENS tokens."""
+def call(b: ir.IRBuilder, intrinsic: Any, *args: ir.Value | int) -> ir.Value:
+    """What an intrinsic of vector.py emits; an int is a constant that it has to know."""
     from numba import types  # noqa: PLC0415
 
     from gemma_cli.runtime import vector  # noqa: PLC0415
 
-    module, i64 = ir.Module(), ir.IntType(64)
+    def numba_type(value: ir.Value | int) -> Any:
+        if isinstance(value, int):
+            return types.literal(value)
+        if isinstance(value.type, ir.ArrayType):
+            return types.UniTuple(vector.F32X16, value.type.count)
+        return vector.F32X16 if isinstance(value.type, ir.VectorType) else types.int64
+
+    signature, codegen = intrinsic._defn(None, *map(numba_type, args))
+    values = [_I64(value) if isinstance(value, int) else value for value in args]
+    return codegen(_CONTEXT, b, signature, values)
+
+
+def store(b: ir.IRBuilder, address: ir.Value, offset: int, value: ir.Value) -> None:
+    pointer = b.inttoptr(b.add(address, _I64(offset)), value.type.as_pointer())
+    b.store(value, pointer, align=1)
+
+
+def integer_functions() -> dict[str, Emit]:
+    """The integer products, and what prepares codes for them."""
+    from gemma_cli.runtime import vector  # noqa: PLC0415
+
+    offset = {name: field[1] for name, field in CASE.fields.items()}
+    offset["low"] = offset["w"] + 256
+
+    def read(b: ir.IRBuilder, case: ir.Value, names: tuple[str, ...]) -> list[ir.Value]:
+        return [b.add(case, _I64(offset[name])) for name in names]
+
+    def dots(intrinsic: Any, *weights: str) -> Emit:
+        def emit(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
+            x, offsets = read(b, case, ("x", "offsets"))
+            w = read(b, case, weights)
+            result = call(b, intrinsic, *w, x, _I64(32), offsets, _I64(4), TOKENS)
+            for t in range(TOKENS):
+                store(b, out, 64 * t, b.extract_value(result, t))
+
+        return emit
+
+    def expand(intrinsic: Any, *weights: str) -> Emit:
+        return lambda b, case, out: call(b, intrinsic, *read(b, case, weights), out)
+
+    return {
+        "dots_int4": dots(vector.dots_int4, "w"),
+        "dots_codebook": dots(vector.dots_codebook, "w", "levels"),
+        "dots_int8": dots(vector.dots_int8, "w"),
+        "dots_planes": dots(vector.dots_planes, "w", "low"),
+        "dots_expanded": dots(vector.dots_expanded, "w"),
+        "expand_int4": expand(vector.expand_int4, "w", "levels"),
+        "expand_codebook": expand(vector.expand_codebook, "w", "levels"),
+        "expand_planes": expand(vector.expand_planes, "w", "low"),
+    }
+
+
+def build_module(
+    functions: dict[str, Emit], define: Callable[[ir.Module], None] | None = None
+) -> ir.Module:
+    """A module with these functions, each named `run_` and its key."""
+    module = ir.Module()
     if define:
         define(module)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 5), "products")
-    b = ir.IRBuilder(function.append_basic_block())
-    w, levels, x, offsets, out = function.args
-    args = [w, x, i64(32), offsets, i64(4), i64(TOKENS)]
-    intrinsic = {"int4": vector.dots_int4, "int8": vector.dots_int8}.get(kind)
-    if intrinsic is None:
-        intrinsic = vector.dots_codebook
-        args.insert(1, levels)
-    argument_types = [types.int64] * (len(args) - 1) + [types.literal(TOKENS)]
-    signature, codegen = intrinsic._defn(None, *argument_types)
-    result = codegen(None, b, signature, args)
-    for t in range(TOKENS):
-        rows = b.extract_value(result, t)
-        b.store(rows, b.inttoptr(b.add(out, i64(64 * t)), rows.type.as_pointer()), align=1)
-    b.ret_void()
+    for name, emit in functions.items():
+        function_type = ir.FunctionType(ir.VoidType(), [_I64, _I64])
+        function = ir.Function(module, function_type, f"run_{name}")
+        b = ir.IRBuilder(function.append_basic_block())
+        emit(b, *function.args)
+        b.ret_void()
     return module
 
 
-def compile_for(name: str, module: ir.Module) -> str:
-    """Assembly for a CPU of TARGETS."""
+def lower(
+    name: str, module: ir.Module, others: Sequence[llvm.ModuleRef] = ()
+) -> tuple[llvm.TargetMachine, llvm.ModuleRef]:
+    """The modules as one, optimized for a CPU of TARGETS, and what makes that CPU's code of it."""
     triple, cpu, features, _ = TARGETS[name]
     machine = llvm.Target.from_triple(triple).create_target_machine(
         cpu=cpu, features=features, opt=3
     )
-    parsed = llvm.parse_assembly(str(module))
-    parsed.triple, parsed.data_layout = triple, str(machine.target_data)
-    parsed.verify()
-    optimize(parsed, machine)
-    return str(machine.emit_assembly(parsed))
+    first, *rest = (llvm.parse_assembly(str(part)) for part in (module, *others))
+    for part in (first, *rest):
+        part.triple, part.data_layout = triple, str(machine.target_data)
+    for part in rest:
+        first.link_in(part)
+    first.verify()
+    optimize(first, machine)
+    return machine, first
 
 
 def optimize(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
@@ -95,8 +177,6 @@ def optimize(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
 # What the instructions mean, by the manuals of Intel and Arm: an LLVM function each.
 
 Meaning = tuple[ir.FunctionType, Callable[..., ir.Value]]
-
-_I8, _I16, _I32 = (ir.IntType(bits) for bits in (8, 16, 32))
 
 
 def _constant(vector_type: ir.VectorType, value: int) -> ir.Constant:
@@ -179,6 +259,7 @@ _MEANINGS = {
     "llvm.x86.avx512.vpdpbusd.512": _dot_meaning(512, _I32, signed=False),
     "llvm.x86.avx512.vpdpbusd.256": _dot_meaning(256, _I32, signed=False),
     "llvm.aarch64.neon.sdot.v4i32.v16i8": _dot_meaning(128, _I8, signed=True),
+    "llvm.aarch64.neon.usdot.v4i32.v16i8": _dot_meaning(128, _I8, signed=False),
     "llvm.x86.avx2.pmadd.ub.sw": (_function(_WORDS, _BYTES[256], _BYTES[256]), _vpmaddubsw),
     "llvm.x86.avx2.pmadd.wd": (_function(_vector(_I32, 256), _WORDS, _WORDS), _vpmaddwd),
     "llvm.x86.avx2.psign.b": (_function(*[_BYTES[256]] * 3), _vpsignb),
@@ -196,8 +277,8 @@ def define_meanings(module: ir.Module) -> None:
         b.ret(emit(b, *function.args))
 
 
-def load(module: ir.Module) -> tuple[object, Callable[..., None]]:
-    """Machine code of this CPU, with its owner, which must outlive it."""
+def load(module: ir.Module) -> llvm.ExecutionEngine:
+    """Machine code of this CPU."""
     text = str(module)
     for family in ("x86", "aarch64"):  # the names of instructions are LLVM's alone to define
         text = text.replace(f"llvm.{family}.", f"meaning.{family}.")
@@ -207,46 +288,76 @@ def load(module: ir.Module) -> tuple[object, Callable[..., None]]:
     optimize(parsed, machine)
     engine = llvm.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
-    address = engine.get_function_address("products")
-    return engine, ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(address)
+    return engine
 
 
-def random_codes(rng: np.random.Generator, fmt: str) -> NDArray[np.uint8] | NDArray[np.int8]:
+def random_codes(rng: np.random.Generator, small: bool) -> NDArray[np.uint8] | NDArray[np.int8]:
     """16 rows of 32 codes; some of the rows are the extremes."""
-    low, high, dtype = (0, 15, np.uint8) if fmt == "int4" else (-128, 127, np.int8)
+    low, high, dtype = (0, 15, np.uint8) if small else (-128, 127, np.int8)
     codes = rng.integers(low, high + 1, (16, 32)).astype(dtype)
     codes[0], codes[1] = low, high
     codes[2, ::2], codes[2, 1::2] = low, high
     return codes
 
 
-def compare(kind: str) -> None:
-    """Raises AssertionError where a product is not the twin's."""
-    engine, products = load(build_module(kind, define_meanings))
+def tile(fmt: str, codes: NDArray[np.uint8] | NDArray[np.int8]) -> NDArray[np.uint8]:
+    """A tile of 16 rows of 32 codes, without its scales."""
+    scales = np.ones((16, 1), np.float16)
+    return packing.pack_codes(fmt, codes, scales)[0, 2 * packing.TILE_ROWS :]
+
+
+def byte_tile(values: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Numbers from 0 to 255, laid out as int8's tiles are."""
+    return tile("int8", (values.astype(np.int64) - 128).astype(np.int8))
+
+
+def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArray[np.uint8]]:
+    """Cases for one of integer_functions, and what the twins make of them."""
     rng = np.random.default_rng(1)
-    fmt = "int8" if kind == "int8" else "int4"
-    codebook = CODEBOOK if kind == "codebook" else tuple(range(-8, 8))
-    levels = (np.array(codebook) + 128).astype(np.uint8)
-    for _ in range(20):
-        m = twins.coded(fmt, random_codes(rng, fmt), np.ones((16, 1), np.float16), codebook)
-        w = np.ascontiguousarray(m.tiles[0, -RUNS[kind] :])
-        x = rng.integers(-127, 128, (TOKENS, 32)).astype(np.int8)
+    task, form = function.split("_")
+    small = form in ("int4", "codebook", "expanded")
+    codebook = np.array(CODEBOOK if form == "codebook" else LINEAR_LEVELS)
+    cases, results = np.zeros(CASES, CASE), []
+    for case in cases:
+        codes = random_codes(rng, small)
+        levels = codebook[codes] if small else codes.astype(np.int64)
+        formats = {"codebook": "int4", "planes": "int8_planes"}
+        w = byte_tile(codes) if form == "expanded" else tile(formats.get(form, form), codes)
+        case["w"][: w.size] = w
+        case["levels"] = codebook + 128
+        x = case["x"]
+        x[...] = rng.integers(-127, 128, x.shape)
         x[0], x[1] = 127, -127
         x[2, ::2], x[2, 1::2] = 127, -127
-        offsets, out = -128 * x.sum(1, dtype=np.int32), np.empty((TOKENS, 16), np.int32)
-        products(*(array.ctypes.data for array in (w, levels, x, offsets, out)))
-        np.testing.assert_array_equal(out, twins.dots(m.levels, x)[..., 0])
-    del engine
+        case["offsets"] = -128 * x.sum(1, dtype=np.int32)
+        if task == "dots":
+            results.append(twins.dots(levels, x)[..., 0].astype(np.int32))
+        else:
+            results.append(byte_tile(codes if form == "int4" else levels + 128))
+    return cases, np.array(results)
+
+
+def compare(name: str, emit: Emit) -> None:
+    """Raises AssertionError where one of integer_functions does not give what its twin does."""
+    engine = load(build_module({name: emit}, define_meanings))
+    address = engine.get_function_address(f"run_{name}")
+    run = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(address)
+    cases, expected = examples(name)
+    out = np.empty_like(expected)
+    for i in range(CASES):
+        run(cases[i:].ctypes.data, out[i:].ctypes.data)
+    np.testing.assert_array_equal(out, expected)
 
 
 def main(name: str) -> None:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     pretend_cpu(name)
-    for kind in RUNS:
-        compare(kind)
-        print(f"# {kind}")
-        print(compile_for(name, build_module(kind)))
+    for function, emit in integer_functions().items():
+        compare(function, emit)
+        machine, module = lower(name, build_module({function: emit}))
+        print(f"# {function}")
+        print(machine.emit_assembly(module))
 
 
 if __name__ == "__main__":

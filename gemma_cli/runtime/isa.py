@@ -5,15 +5,17 @@ target CPU from the environment at import. `GEMMA_CLI_ISA` forces one of `NAMES`
 code then keeps to that set, so that a newer CPU can run what an older one would.
 """
 
+import ctypes
 import os
 import platform
 import sys
+from pathlib import Path
 
 import llvmlite.binding as llvm
 
 from quantize.errors import GemmaError
 
-NAMES = ("avx512vnni", "avxvnni", "avx2", "neon", "plain")
+NAMES = ("avx512vnni", "avxvnni", "avx2", "i8mm", "neon", "plain")
 
 MACHINE = {"x86_64": "x86", "amd64": "x86", "aarch64": "arm", "arm64": "arm"}.get(
     platform.machine().lower(), "other"
@@ -21,8 +23,33 @@ MACHINE = {"x86_64": "x86", "amd64": "x86", "aarch64": "arm", "arm64": "arm"}.ge
 """The family of the CPU: "x86", "arm" or "other"."""
 
 
+_ARM_FEATURES = {"dotprod": ("asimddp", "FEAT_DotProd"), "i8mm": ("i8mm", "FEAT_I8MM")}
+"""What LLVM, the Linux kernel and Apple call the features of ARM CPUs that sets are made of."""
+
+
 def _features() -> dict[str, bool]:
-    return dict(llvm.get_host_cpu_features())
+    features = dict(llvm.get_host_cpu_features())
+    # LLVM does not look for these on Linux and macOS; on Windows it does.
+    if MACHINE == "arm" and sys.platform == "linux":
+        features |= linux_arm_features(Path("/proc/cpuinfo").read_text())
+    if MACHINE == "arm" and sys.platform == "darwin":
+        features |= {name: _apple_has(apple) for name, (_, apple) in _ARM_FEATURES.items()}
+    return features
+
+
+def linux_arm_features(cpuinfo: str) -> dict[str, bool]:
+    """Which of _ARM_FEATURES the text of /proc/cpuinfo names."""
+    lines = [line.split() for line in cpuinfo.splitlines() if line.startswith("Features")]
+    words = lines[0] if lines else []
+    return {name: linux in words for name, (linux, _) in _ARM_FEATURES.items()}
+
+
+def _apple_has(feature: str) -> bool:
+    value, size, none = ctypes.c_int(0), ctypes.c_size_t(4), ctypes.c_size_t(0)
+    name = f"hw.optional.arm.{feature}".encode()
+    # What the system does not know leaves the 0.
+    ctypes.CDLL(None).sysctlbyname(name, ctypes.byref(value), ctypes.byref(size), None, none)
+    return value.value == 1
 
 
 def supported(features: dict[str, bool]) -> list[str]:
@@ -33,6 +60,7 @@ def supported(features: dict[str, bool]) -> list[str]:
         and all(features.get(name, False) for name in ("avx512vnni", "avx512bw", "avx512vl")),
         "avxvnni": avx2 and features.get("avxvnni", False),
         "avx2": avx2,
+        "i8mm": features.get("dotprod", False) and features.get("i8mm", False),
         "neon": features.get("dotprod", False),
         "plain": True,
     }
@@ -42,31 +70,38 @@ def supported(features: dict[str, bool]) -> list[str]:
 def _choose() -> str:
     features = _features()
     runs = supported(features)
-    forced = os.environ.get("GEMMA_CLI_ISA")
-    if not forced:
-        return runs[0]
-    if forced not in runs:
+    name = os.environ.get("GEMMA_CLI_ISA") or runs[0]
+    if name not in runs:
         raise GemmaError(
-            f"GEMMA_CLI_ISA is {forced!r}, which this CPU does not run; it runs {', '.join(runs)}."
+            f"GEMMA_CLI_ISA is {name!r}, which this CPU does not run; it runs {', '.join(runs)}."
         )
-    _restrict_numba(forced, runs, features)
-    return forced
+    _tell_numba(name, runs, features)
+    return name
 
 
-def _restrict_numba(forced: str, runs: list[str], features: dict[str, bool]) -> None:
-    if forced == runs[0]:
-        return
-    if "numba" in sys.modules:
+_DROPPED = {
+    "avxvnni": ("avx512", "amx"),
+    "avx2": ("avx512", "amx", "avxvnni"),
+    "neon": ("i8mm",),
+}
+"""What the names of features that a set does not use begin with."""
+
+
+def _tell_numba(name: str, runs: list[str], features: dict[str, bool]) -> None:
+    """Gives Numba the target, where it is not what LLVM says that this CPU is."""
+    forced = name != runs[0]
+    if "numba" in sys.modules or not (forced or MACHINE == "arm"):
         # Tests import Numba first; the chosen lowering still holds, only LLVM's own choice of
         # registers is then the host's.
         return
-    if forced == "plain":
+    if forced and name == "plain":
         os.environ["NUMBA_CPU_NAME"] = "generic"
         os.environ["NUMBA_CPU_FEATURES"] = ""
         return
-    dropped = ("avx512", "amx", "avxvnni") if forced == "avx2" else ("avx512", "amx")
-    kept = {name: on and not name.startswith(dropped) for name, on in features.items()}
-    os.environ["NUMBA_CPU_NAME"] = "x86-64-v3"
+    if forced:
+        os.environ["NUMBA_CPU_NAME"] = "generic" if MACHINE == "arm" else "x86-64-v3"
+    dropped = _DROPPED.get(name, ())
+    kept = {n: on and not n.startswith(dropped) for n, on in features.items()}
     os.environ["NUMBA_CPU_FEATURES"] = ",".join(
         f"{'+' if on else '-'}{n}" for n, on in kept.items()
     )

@@ -163,7 +163,7 @@ def _dot4_avx2(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.V
     return _by_part(b, 2, signed, acc, w, x)
 
 
-def _dot4_vnni(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+def _dot4_unsigned(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
     """acc[r] + sum over j of w[4 r + j] x[4 r + j], w unsigned, x signed."""
 
     def busd(bits: int) -> Callable[..., ir.Value]:
@@ -173,12 +173,21 @@ def _dot4_vnni(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.V
 
         return emit
 
+    def usdot(acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+        return _call(b, "llvm.aarch64.neon.usdot.v4i32.v16i8", acc.type, [acc, w, x])
+
+    if isa.NAME == "i8mm":
+        # Not smmla, i8mm's matrix product: it takes 8 inputs of 2 rows from a register, and a
+        # tile has 4 inputs of 4 rows there, so all codes would have to be shuffled first.
+        return _by_part(b, 4, usdot, acc, w, x)
     if isa.NAME == "avx512vnni":
         return busd(512)(acc, w, x)
     return _by_part(b, 2, busd(256), acc, w, x)
 
 
-_VNNI = isa.NAME in ("avx512vnni", "avxvnni")
+_UNSIGNED = isa.NAME in ("avx512vnni", "avxvnni", "i8mm")
+"""Whether the CPU sums products of unsigned by signed bytes in 32 bits."""
+
 _dot4_signed = {"avx2": _dot4_avx2, "neon": _dot4_neon}.get(isa.NAME, _dot4_plain)
 
 
@@ -190,7 +199,7 @@ def _shuffle16(b: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
         return _by_part(
             b, 2, lambda t, c: _call(b, "llvm.x86.avx2.pshuf.b", t.type, [t, c]), table, codes
         )
-    if isa.NAME == "neon":
+    if isa.NAME in ("i8mm", "neon"):
         name = "llvm.aarch64.neon.tbl1.v16i8"
         return _by_part(b, 4, lambda t, c: _call(b, name, t.type, [t, c]), table, codes)
     # Halve the candidates by one bit of the code after the other.
@@ -228,7 +237,7 @@ class _Group:
 
     def start(self, offsets: ir.Value, stride: ir.Value) -> None:
         """Begins with the offsets, one int32 a token at an address, where they are needed."""
-        if not (_VNNI or self.zero == 8):
+        if not (_UNSIGNED or self.zero == 8):
             return
         b = self.b
         for t in range(self.n):
@@ -238,7 +247,7 @@ class _Group:
     def add(self, w: ir.Value, run: int) -> None:
         """Adds inputs 4 run to 4 run + 3."""
         b = self.b
-        if self.zero == 128 and not _VNNI:
+        if self.zero == 128 and not _UNSIGNED:
             w = b.xor(w, _const(_VI8, 0x80))
         for t in range(self.n):
             x = _broadcast4(b, _offset(b, self.x[t], 4 * run))
@@ -247,7 +256,7 @@ class _Group:
                     pairs = _maddubs(b, _part(b, w, half, 32), _part(b, x, half, 32))
                     self.words[t][half] = b.add(self.words[t][half], pairs)
             else:
-                dot4 = _dot4_vnni if _VNNI else _dot4_signed
+                dot4 = _dot4_unsigned if _UNSIGNED else _dot4_signed
                 self.acc[t] = dot4(b, self.acc[t], w, x)
 
     def result(self) -> ir.Value:

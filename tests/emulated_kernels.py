@@ -1,0 +1,239 @@
+"""Whole kernels for `emulated.py`: a matrix product, and attention of many tokens.
+
+As functions of two addresses, of a case and of its result, which holds what else they write to.
+To be imported when `lowered.pretend_cpu` has been called, as the runtime is.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import twins
+from llvmlite import binding as llvm
+from llvmlite import ir
+from numba import carray, types
+from numba.core import codegen, cpu
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from gemma_cli.runtime import attention, matmul
+from gemma_cli.runtime.forward import Shape
+from gemma_cli.runtime.kernel import kernel
+from gemma_cli.runtime.kv_cache import BLOCK, CAPACITY, KEYS, VALUES
+from quantize.grouping import LINEAR_LEVELS
+from quantize.pipeline import IQ4_NL_LEVELS
+
+Array = NDArray[Any]
+
+
+@intrinsic
+def _pointer(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return b.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(address), codegen
+
+
+@kernel
+def _array(address, shape, dtype):
+    return carray(_pointer(address), shape, dtype)
+
+
+def _offsets(record: np.dtype[Any]) -> Any:
+    """The offsets of a record's fields, by their names."""
+    return namedtuple("Offsets", record.names)(*(record.fields[n][1] for n in record.names))
+
+
+# The matrix product, of rounding its inputs, too.
+
+N_IN, N_OUT, GROUP_SIZE = 256, 40, 64
+COLUMNS = -(-N_OUT // 16) * 16
+TOKEN_COUNTS = (1, matmul.TOKENS + 1, matmul.FEW + 3)
+ROWS = max(TOKEN_COUNTS) + matmul.TOKENS  # with some to spare
+
+PRODUCT = np.dtype(
+    [
+        ("matrix", np.int64, matmul.N_COLUMNS),
+        ("n_tokens", np.int64),
+        ("x", np.float32, (ROWS, N_IN)),
+        ("codebook", np.uint8, 16),
+        ("tiles", np.uint8, 4 * COLUMNS * N_IN),
+    ],
+    align=True,
+)
+PRODUCT_RESULT = np.dtype(
+    [
+        ("y", np.float32, (ROWS, COLUMNS)),
+        ("counters", np.int64, (1, 16)),
+        ("codes", np.int8, (ROWS, N_IN)),
+        ("scales", np.float32, (ROWS, N_IN // 32)),
+        ("offsets", np.int32, (ROWS, N_IN // 32)),
+        ("panel", np.uint8, 16 * matmul.PANEL),
+    ],
+    align=True,
+)
+_IN, _OUT = _offsets(PRODUCT), _offsets(PRODUCT_RESULT)
+
+_KINDS = (
+    ("int4", matmul.INT4, LINEAR_LEVELS),
+    ("int4", matmul.INT4_CODEBOOK, IQ4_NL_LEVELS),
+    ("int8", matmul.INT8, LINEAR_LEVELS),
+    ("int8_planes", matmul.PLANES, LINEAR_LEVELS),
+    ("bf16", matmul.BF16, LINEAR_LEVELS),
+    ("f32", matmul.F32, LINEAR_LEVELS),
+)
+
+
+@kernel
+def product(case, out):
+    n = _array(case + _IN.n_tokens, (1,), np.int64)[0]
+    matrices = _array(case + _IN.matrix, (1, matmul.N_COLUMNS), np.int64)
+    matrices[0, matmul.ADDRESS] = case + _IN.tiles
+    matrices[0, matmul.CODEBOOK] = case + _IN.codebook
+    h = matmul.Inputs(
+        _array(case + _IN.x, (n, N_IN), np.float32),
+        _array(out + _OUT.codes, (n, N_IN), np.int8),
+        _array(out + _OUT.scales, (n, N_IN // 32), np.float32),
+        _array(out + _OUT.offsets, (n, N_IN // 32), np.int32),
+    )
+    for t in range(n):
+        matmul.quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
+    counters = _array(out + _OUT.counters, (1, 16), np.int64)
+    counters[:] = 0
+    y = _array(out + _OUT.y, (n, COLUMNS), np.float32)
+    panels = _array(out + _OUT.panel, (1, 16 * matmul.PANEL), np.uint8)
+    matmul.matmul(counters, 0, matmul.ITEMS, 0, matrices, h, y, panels, 1)
+
+
+def products() -> tuple[Array, Callable[[Array, Array], None]]:
+    """Cases of every format and count of tokens, and the check of their results."""
+    rng = np.random.default_rng(4)
+    cases = np.zeros(len(_KINDS) * len(TOKEN_COUNTS), PRODUCT)
+    matrices = []
+    for i, case in enumerate(cases):
+        fmt, number, codebook = _KINDS[i % len(_KINDS)]
+        if number in (matmul.BF16, matmul.F32):
+            m = twins.floating(fmt, rng.standard_normal((N_OUT, N_IN)).astype(np.float32))
+        else:
+            low, high, dtype = (0, 16, np.uint8) if fmt == "int4" else (-128, 128, np.int8)
+            scales = rng.standard_normal((N_OUT, N_IN // GROUP_SIZE)).astype(np.float16)
+            m = twins.coded(fmt, rng.integers(low, high, (N_OUT, N_IN), dtype), scales, codebook)
+        matrices.append(m)
+        case["matrix"] = 0, number, len(m.tiles), N_IN, m.group_size, 0
+        case["n_tokens"] = TOKEN_COUNTS[i // len(_KINDS)]
+        case["x"] = rng.standard_normal((ROWS, N_IN))
+        case["codebook"] = np.array(codebook) + 128
+        case["tiles"][: m.tiles.size] = m.tiles.ravel()
+
+    def check(cases: Array, out: Array) -> None:
+        """By the bound of assert_close in test_kernels.py."""
+        for case, result, m in zip(cases, out, matrices, strict=True):
+            n, n_terms = case["n_tokens"], N_IN // 32 if m.group_size else N_IN
+            expected, magnitudes = twins.matmul(m, case["x"][:n])
+            error = np.abs(result["y"][:n, :N_OUT] - expected)
+            assert (error <= (n_terms + 2) * twins.EPSILON * magnitudes).all(), m.format
+
+    return cases, check
+
+
+# Attention, of storing keys and values, too, and over the end of a span.
+
+N, N_HEADS, N_KV_HEADS, HEAD_DIM = attention.SPAN + 14, 4, 2, 32
+SLOTS = -(-N // BLOCK) * BLOCK
+CAP = 2.0
+QUERIES = N * N_HEADS // N_KV_HEADS
+SCRATCH_ROWS = attention.ROWS + attention.ITEM_ROWS
+
+ATTENTION = np.dtype(
+    [
+        ("window", np.int64),
+        ("k", np.float32, (N, N_KV_HEADS, HEAD_DIM)),
+        ("v", np.float32, (N, N_KV_HEADS, HEAD_DIM)),
+        ("q", np.float32, (N_KV_HEADS, QUERIES, HEAD_DIM)),
+        ("spare", np.float32, (attention.ROWS, HEAD_DIM)),
+    ],
+    align=True,
+)
+ATTENTION_RESULT = np.dtype(
+    [
+        ("y", np.float32, (N, N_HEADS * HEAD_DIM)),
+        ("counters", np.int64, (1, 16)),
+        ("cache", np.int64, 5),
+        ("keys", np.float16, (N_KV_HEADS, SLOTS, HEAD_DIM)),
+        ("values", np.float16, (N_KV_HEADS, SLOTS, HEAD_DIM)),
+        ("scores", np.float32, (1, attention.ROWS, attention.SPAN)),
+        ("weights", np.float32, (1, attention.ROWS, attention.SPAN)),
+        ("sums", np.float32, (1, SCRATCH_ROWS, HEAD_DIM)),
+        ("maxima", np.float32, (1, SCRATCH_ROWS)),
+        ("divisors", np.float32, (1, SCRATCH_ROWS)),
+    ],
+    align=True,
+)
+_A_IN, _A_OUT = _offsets(ATTENTION), _offsets(ATTENTION_RESULT)
+_SHAPE = Shape(0, 0, 0, 0, N_HEADS, N_KV_HEADS, 0, 0, 0.0, 0.0, CAP, 0.0)
+
+
+@kernel
+def attend(case, out):
+    cache = _array(out + _A_OUT.cache, (5,), np.int64)
+    cache[KEYS], cache[VALUES] = out + _A_OUT.keys, out + _A_OUT.values
+    cache[CAPACITY] = SLOTS
+    k = _array(case + _A_IN.k, (N, N_KV_HEADS, HEAD_DIM), np.float32)
+    v = _array(case + _A_IN.v, (N, N_KV_HEADS, HEAD_DIM), np.float32)
+    for t in range(N):
+        for head in range(N_KV_HEADS):
+            attention.store_head(k[t, head], v[t, head], cache, head, t, False)
+    sums = _array(out + _A_OUT.sums, (1, SCRATCH_ROWS, HEAD_DIM), np.float32)
+    maxima = _array(out + _A_OUT.maxima, (1, SCRATCH_ROWS), np.float32)
+    divisors = _array(out + _A_OUT.divisors, (1, SCRATCH_ROWS), np.float32)
+    scratch = attention.Scratch(
+        _array(out + _A_OUT.scores, (1, attention.ROWS, attention.SPAN), np.float32),
+        _array(out + _A_OUT.weights, (1, attention.ROWS, attention.SPAN), np.float32),
+        *(sums, maxima, divisors),
+        *(sums, maxima, divisors),  # for partial results, which are not made here
+    )
+    counters = _array(out + _A_OUT.counters, (1, 16), np.int64)
+    counters[:] = 0
+    q = _array(case + _A_IN.q, (N_KV_HEADS, QUERIES, HEAD_DIM), np.float32)
+    y = _array(out + _A_OUT.y, (N, N_HEADS * HEAD_DIM), np.float32)
+    window = _array(case + _A_IN.window, (1,), np.int64)[0]
+    items = attention.n_row_items(N, _SHAPE)
+    attention.attend_rows(counters, 0, items, 0, q, 0, cache, _SHAPE, window, False, scratch, y)
+
+
+def attentions() -> tuple[Array, Callable[[Array, Array], None]]:
+    """A case with a window and one without, and the check of their results."""
+    rng = np.random.default_rng(5)
+    cases = np.zeros(2, ATTENTION)
+    cases["window"] = 0, 40
+    for name in "kvq":
+        cases[name] = rng.standard_normal(cases[name].shape)
+
+    def check(cases: Array, out: Array) -> None:
+        """By the bound of test_attention_is_the_twins in test_kernels.py."""
+        for case, result in zip(cases, out, strict=True):
+            k, v = (case[name].astype(np.float16).astype(np.float64) for name in "kv")
+            q = case["q"].reshape(N_KV_HEADS, N, -1, HEAD_DIM).transpose(1, 0, 2, 3)
+            q = q.reshape(N, N_HEADS, HEAD_DIM).astype(np.float64)
+            expected, magnitudes = twins.attention(q, k, v, int(case["window"]), CAP)
+            score_error = ((HEAD_DIM + 2) * magnitudes + 4 * CAP) * twins.EPSILON
+            relative = 2 * (score_error + 2e-7 + (N + 20) * twins.EPSILON)
+            error = np.abs(result["y"].reshape(expected.shape) - expected).max(-1)
+            assert (error <= relative * np.abs(v).max()).all()
+
+    return cases, check
+
+
+def compile_only(function: Any) -> tuple[str, llvm.ModuleRef]:
+    """A kernel's name in LLVM, and its code with all that it calls; none of it for this CPU."""
+
+    def link(context: Any, library: Any, *_: Any) -> Any:
+        library._ensure_finalized()
+        return [].append  # Numba knows the kernel by this, which Python could call.
+
+    codegen.JITCodeLibrary._finalize_specific = lambda self: None  # would make machine code
+    cpu.CPUContext.get_executable = link
+    function.compile(types.void(types.int64, types.int64))
+    (compiled,) = function.overloads.values()
+    return compiled.fndesc.llvm_func_name, compiled.library._final_module
