@@ -84,7 +84,7 @@ PANEL = 1024
 SIDE = 8
 """Tiles whose PANEL inputs are used one after the other."""
 
-PREFETCH = 2048
+PREFETCH = 1024
 SCALES = 32  # Bytes of the 16 float16 scales that open a block.
 
 

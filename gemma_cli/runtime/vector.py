@@ -697,13 +697,13 @@ def fma(typingctx: Any, x: Any, y: Any, z: Any):
 
 @intrinsic
 def prefetch(typingctx: Any, address: Any):
-    """Asks for the cache line at an address, into the nearest cache."""
+    """Asks for the cache line at an address, into the second-nearest cache."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         pointer = b.inttoptr(args[0], _I8.as_pointer())
         function_type = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0")
-        b.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
+        b.call(function, [pointer, _I32(0), _I32(2), _I32(1)])
         return context.get_dummy_value()
 
     return types.void(address), codegen
