@@ -40,7 +40,7 @@ def _nearest(
     return np.clip(steps, lowest, highest, out=steps)
 
 
-def _rounded_scales(scales: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+def rounded_scales(scales: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
     """Scales as float16 and the factors 1 / scale, 0 for a group whose scale rounds to 0."""
     half = np.clip(scales, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16)
     stored = half.astype(np.float32)
@@ -57,7 +57,7 @@ def round_int4(
     sign. rows: (n_rows, n_in) -> codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
     groups, largest = _grouped(rows, group_size)
-    scales, inverse = _rounded_scales(largest / np.float32(-8))
+    scales, inverse = rounded_scales(largest / np.float32(-8))
     codes = _nearest(groups, inverse, -8, 7)
     codes += 8
     return codes.astype(np.uint8).reshape(rows.shape), scales
@@ -71,6 +71,6 @@ def round_int8(
     rows: (n_rows, n_in) -> codes (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
     groups, largest = _grouped(rows, group_size)
-    scales, inverse = _rounded_scales(np.abs(largest / np.float32(127)))
+    scales, inverse = rounded_scales(np.abs(largest / np.float32(127)))
     codes = _nearest(groups, inverse, -127, 127)
     return codes.astype(np.int8).reshape(rows.shape), scales

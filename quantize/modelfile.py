@@ -36,7 +36,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, TypedDict, cast
@@ -140,7 +140,10 @@ def _layout(
 
 
 class Writer:
-    """Writes a model file, tensor by tensor, in the order of `names`."""
+    """Writes a model file, tensor by tensor, in the order of the layout.
+
+    An int4 matrix's codebook may be given by `set_codebook` up to the end: the header keeps room.
+    """
 
     def __init__(self, file: BinaryIO, description: Description) -> None:
         self._file = file
@@ -154,23 +157,39 @@ class Writer:
             "recipe": description.recipe,
             "source": description.source,
             "tokenizer_bytes": str(len(description.tokenizer_model)),
-            "matrices": json.dumps({n: asdict(m) for n, m in description.matrices.items()}),
         }
+        self._matrices = dict(description.matrices)
         self._layout = _layout(
             description.config, len(description.tokenizer_model), description.matrices
         )
         self._pending = list(self._layout)
-        file.write(self._header())
+        widest = {
+            name: replace(m, codebook=m.codebook and (-128,) * 16)
+            for name, m in self._matrices.items()
+        }
+        header = self._header(widest)
+        header += b" " * (_aligned(8 + len(header)) - 8 - len(header))
+        self._header_bytes = len(header)
+        self._write_header(header)
         self.write("tokenizer", [np.frombuffer(description.tokenizer_model, np.uint8)])
 
-    def _header(self) -> bytes:
-        # A checksum has the same length before it is known, so the header keeps its size.
+    def _header(self, matrices: Mapping[str, MatrixSpec]) -> bytes:
+        # A checksum has the same length before it is known.
         digests = {name: self._digests.get(name, "0" * 64) for name in self._layout}
-        metadata = self._metadata | {"sha256": json.dumps(digests)}
+        metadata = self._metadata | {
+            "matrices": json.dumps({name: asdict(m) for name, m in matrices.items()}),
+            "sha256": json.dumps(digests),
+        }
         header = {"__metadata__": metadata} | self._layout
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (_aligned(8 + len(text)) - 8 - len(text))
-        return len(text).to_bytes(8, "little") + text
+        return json.dumps(header, separators=(",", ":")).encode()
+
+    def _write_header(self, header: bytes) -> None:
+        self._file.write(self._header_bytes.to_bytes(8, "little"))
+        self._file.write(header.ljust(self._header_bytes))
+
+    def set_codebook(self, name: str, levels: tuple[int, ...]) -> None:
+        """The 16 levels that an int4 matrix turned out to have."""
+        self._matrices[name] = replace(self._matrices[name], codebook=levels)
 
     def write(self, name: str, parts: Iterable[NDArray[np.generic]]) -> None:
         """Writes the next tensor, given in parts that follow each other, and fills it up."""
@@ -190,11 +209,11 @@ class Writer:
         self._digests[name] = digest.hexdigest()
 
     def finish(self) -> None:
-        """Fills in the checksums. The file is complete then, if every tensor was written."""
+        """Fills in codebooks and checksums: if every tensor was written, all is complete then."""
         if self._pending:
             raise ValueError(f"{self._pending[0]} was not written")
         self._file.seek(0)
-        self._file.write(self._header())
+        self._write_header(self._header(self._matrices))
 
 
 def partial_path(path: Path) -> Path:

@@ -10,21 +10,33 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-from quantize import grouping, modelfile, packing
+from quantize import compensation, grouping, modelfile, packing, search
 from quantize.checkpoint import Checkpoint, SourceTensor
 from quantize.errors import GemmaError
+from quantize.grid import find_grid
 from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS
 from quantize.modelfile import Description, MatrixSpec
 from quantize.recipe import GROUP_SIZES, format_of
+from quantize.statistics import Calibration
 from quantize.tensors import matrix_shapes, norm_sizes
 
 _PIECE_WEIGHTS = 1 << 18
 """Weights that a thread converts at a time: as float32 they stay in its L2 cache."""
 
+
+_COMPENSATED_ROWS = 512
+"""Rows that a thread compensates at a time: each time it reads the whole factor."""
+
+_SAMPLE_WEIGHTS = 1 << 18  # of a matrix, for its codebook
+
+Rounding = Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[np.float16]]]
+"""Rows (n_rows, n_in) to codes and scales."""
 
 _N_THREADS = os.cpu_count() or 1
 
@@ -99,10 +111,22 @@ def _finite(values: NDArray[np.float32], name: str, path: Path) -> NDArray[np.fl
     return values
 
 
+def _rows(
+    tensor: SourceTensor, name: str, path: Path, start: int, stop: int
+) -> NDArray[np.float32]:
+    with np.errstate(all="ignore"):  # What comes of it is no finite number, and reported.
+        rows = tensor.rows(start, stop)
+    return _finite(rows, name, path)
+
+
 def _tiles(
-    tensor: SourceTensor, planned: PlannedTensor, path: Path, rows_at: tuple[int, int]
+    tensor: SourceTensor,
+    planned: PlannedTensor,
+    path: Path,
+    rounding: Rounding | None,
+    rows_at: tuple[int, int],
 ) -> NDArray[np.uint8]:
-    """Rows of a matrix, from one to before the other, as tiles."""
+    """Rows of a matrix, from one to before the other, as tiles; those of codes need a rounding."""
     spec, (start, stop) = planned.spec, rows_at
     if planned.exact:
         grid = tensor.grid(start, stop)
@@ -114,14 +138,24 @@ def _tiles(
         # IQ4_NL's codes are indices already; Q4_0's are -8 to 7.
         first = 0 if tensor.dtype == "IQ4_NL" else 8
         return packing.pack_codes("int4", (grid.codes + first).astype(np.uint8), grid.scales)
-    with np.errstate(all="ignore"):  # What comes of it is no finite number, and reported.
-        rows = tensor.rows(start, stop)
-    _finite(rows, planned.name, path)
-    if spec.format == "int4":
-        return packing.pack_codes("int4", *grouping.round_int4(rows, spec.group_size))
-    if spec.format in packing.CODE_FORMATS:
-        return packing.pack_codes(spec.format, *grouping.round_int8(rows, spec.group_size))
+    rows = _rows(tensor, planned.name, path, start, stop)
+    if rounding:
+        return packing.pack_codes(spec.format, *rounding(rows))
     return packing.pack_floats(spec.format, rows)
+
+
+def _round_grid(rows: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.uint8], Any]:
+    grid = find_grid(rows, dtype)
+    if grid is None:
+        raise ValueError("there is no grid")
+    return (grid.codes + 8).astype(np.uint8), grid.scales
+
+
+def _sample(tensor: SourceTensor, p: PlannedTensor, path: Path) -> NDArray[np.float32]:
+    """Whole rows of a matrix, evenly spread."""
+    n_rows = min(p.spec.n_out, max(1, _SAMPLE_WEIGHTS // p.spec.n_in))
+    picked = np.arange(n_rows) * p.spec.n_out // n_rows
+    return np.concatenate([_rows(tensor, p.name, path, int(i), int(i) + 1) for i in picked])
 
 
 def _in_order(
@@ -176,25 +210,31 @@ def quantize(
     bits: int,
     group_size: int = 32,
     recipe: str = "default",
+    method: str = "search",
+    calibration: Calibration | None = None,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
     """Converts a checkpoint to a model file at `output`, which appears when it is complete.
 
-    bits: 4, 8, 16 or 32 a weight, as recipe.format_of distributes them by a recipe. Raises
-    GemmaError when `output` exists without `force`, when it is (beside) the source, or when a
-    weight is not finite.
+    bits: 4, 8, 16 or 32 a weight, as recipe.format_of distributes them by a recipe; method: of
+    METHODS, "gptq" with a calibration that has gathered Gram matrices. Where a matrix lies on a
+    4-bit grid already, that is kept whatever the method. The same source and options give the same
+    bytes, however many threads there are. Raises GemmaError when `output` exists without `force`,
+    when it is (beside) the source, or when a weight is not finite.
     """
     started = time.perf_counter()
     planned = plan(source, bits, group_size, recipe)
     norms = norm_sizes(source.config)
     total = sum(source.tensors[name].nbytes for name in [*norms, *(p.name for p in planned)])
     groups = f", groups of {group_size}" if bits in (4, 8) else ""
+    calibrated = ", calibrated" if calibration else ""
+    how = f", {method}{calibrated}" if bits == 4 else ""
     description = Description(
         config=source.config,
         chat=source.chat,
         sampling=source.sampling,
-        recipe=f"{recipe}, {bits} bits{groups}",
+        recipe=f"{recipe}, {bits} bits{groups}{how}",
         source=os.fsencode(source.path.absolute().name).decode(errors="replace"),
         tokenizer_model=source.tokenizer_model,
         matrices={p.name: p.spec for p in planned},
@@ -207,20 +247,68 @@ def quantize(
         if progress:
             progress(Progress(name, tensors_done, len(norms) + len(planned), done, total))
 
-    def parts(p: PlannedTensor, tensors_done: int) -> Iterator[NDArray[np.uint8]]:
-        tensor, n_out = source.tensors[p.name], p.spec.n_out
+    def pieces(p: PlannedTensor) -> list[tuple[int, int]]:
+        n_out = p.spec.n_out
         whole = packing.TILE_ROWS * (packing.SLAB_TILES if p.spec.format == "int8_planes" else 1)
         step = max(1, _PIECE_WEIGHTS // p.spec.n_in // whole) * whole
-        pieces = [(start, min(start + step, n_out)) for start in range(0, n_out, step)]
-        convert = partial(_tiles, tensor, p, source.path)
-        for (start, stop), tiles in zip(pieces, _in_order(pool, convert, pieces), strict=True):
+        if method == "gptq" and p.spec.format == "int4":
+            step = max(step, _COMPENSATED_ROWS)
+        return [(start, min(start + step, n_out)) for start in range(0, n_out, step)]
+
+    def lies_on_grid(p: PlannedTensor) -> bool:
+        tensor = source.tensors[p.name]
+        if p.spec.group_size != packing.RUN_INPUTS or tensor.dtype not in ("BF16", "F16", "F32"):
+            return False
+
+        def fits(rows_at: tuple[int, int]) -> bool:
+            rows = _rows(tensor, p.name, source.path, *rows_at)
+            return find_grid(rows, tensor.dtype) is not None
+
+        first = (0, min(packing.TILE_ROWS, p.spec.n_out))
+        return fits(first) and all(pool.map(fits, pieces(p)))
+
+    def rounding_of(p: PlannedTensor) -> Rounding | None:
+        spec, tensor = p.spec, source.tensors[p.name]
+        if p.exact or spec.format not in packing.CODE_FORMATS:
+            return None
+        if spec.format != "int4":
+            return partial(grouping.round_int8, group_size=spec.group_size)
+        if lies_on_grid(p):
+            return partial(_round_grid, dtype=tensor.dtype)
+        if method == "rtn":
+            return partial(grouping.round_int4, group_size=spec.group_size)
+        statistics = calibration(p.name) if calibration else None
+        importance = statistics.mean_squares if statistics else np.ones(spec.n_in, np.float32)
+        sample = _sample(tensor, p, source.path)
+        levels = search.fit_codebook(sample, spec.group_size, importance)
+        writer.set_codebook(p.name, levels)
+        arguments: dict[str, Any] = {
+            "group_size": spec.group_size,
+            "levels": levels,
+            "importance": importance,
+        }
+        if method == "search":
+            return partial(search.round_searched, **arguments)
+        if statistics is None or statistics.gram is None:
+            raise ValueError("gptq without Gram matrices")
+        factor = compensation.factorize(statistics.gram.copy())
+        return partial(compensation.round_compensated, factor=factor, **arguments)
+
+    def parts(p: PlannedTensor, tensors_done: int) -> Iterator[NDArray[np.uint8]]:
+        tensor = source.tensors[p.name]
+        convert = partial(_tiles, tensor, p, source.path, rounding_of(p))
+        cut = pieces(p)
+        for (start, stop), tiles in zip(cut, _in_order(pool, convert, cut), strict=True):
             yield tiles
-            report(p.name, tensors_done, tensor.nbytes // n_out * (stop - start))
+            report(p.name, tensors_done, tensor.nbytes // p.spec.n_out * (stop - start))
 
     try:
         _check_output(output, source, force)
         output.parent.mkdir(parents=True, exist_ok=True)
         with (
+            # Pieces of a matrix are what runs side by side; a product that BLAS divided among
+            # threads would depend on their number.
+            threadpool_limits(1, "blas"),
             ThreadPoolExecutor(_N_THREADS) as pool,
             modelfile.create(output, description) as writer,
         ):

@@ -6,6 +6,10 @@ GROUP_SIZES = (32, 64, 128)
 
 RECIPES = ("default", "small")
 
+METHODS = ("rtn", "search", "gptq")
+"""How int4 weights are rounded: to the nearest step of Q4_0's scale, with a codebook and scales
+that are searched, or in such a way that later inputs make up for the errors of earlier ones."""
+
 
 def format_of(name: str, bits: int, recipe: str = "default") -> str:
     """The format of a matrix under a recipe for `bits` (4, 8, 16 or 32).

@@ -33,6 +33,7 @@ from quantize.errors import GemmaError
 from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS, round_int4
 from quantize.modelfile import ModelFile
 from quantize.pipeline import Progress, plan, quantize
+from quantize.statistics import InputStatistics
 from quantize.tensors import matrix_shapes, norm_sizes
 
 CONFIG = tiny("gemma3")
@@ -77,7 +78,7 @@ def test_recipes(
     source: Path, tmp_path: Path, recipe: str, bits: int, layers: str, embed: str
 ) -> None:
     checkpoint, output = open_checkpoint(source), tmp_path / "new" / "a.safetensors"
-    summary = quantize(checkpoint, output, bits=bits, recipe=recipe)
+    summary = quantize(checkpoint, output, bits=bits, recipe=recipe, method="rtn")
     file = ModelFile.open(output)
     for name, m in file.matrices.items():
         assert m.format == (embed if name == "embed" else layers)
@@ -181,9 +182,10 @@ def test_larger_groups(tmp_path: Path, bits: int, group_size: int) -> None:
     path = write_gguf(tmp_path / "a.gguf", config, weights, "Q8_0")
     checkpoint = open_checkpoint(path)
     assert not any(p.exact for p in plan(checkpoint, bits, group_size))
-    quantize(checkpoint, tmp_path / "a.safetensors", bits=bits, group_size=group_size)
+    quantize(checkpoint, tmp_path / "a.safetensors", bits=bits, group_size=group_size, method="rtn")
     file = ModelFile.open(tmp_path / "a.safetensors")
-    assert file.recipe == f"default, {bits} bits, groups of {group_size}"
+    how = ", rtn" if bits == 4 else ""
+    assert file.recipe == f"default, {bits} bits, groups of {group_size}{how}"
     for name, m in file.matrices.items():
         assert m.group_size == group_size
         assert (
@@ -203,13 +205,94 @@ def test_pieces_of_a_matrix_follow_each_other(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quantize.pipeline._PIECE_WEIGHTS", 1)  # one tile at a time
-    quantize(open_checkpoint(source), tmp_path / "a.safetensors", bits=4)
+    quantize(open_checkpoint(source), tmp_path / "a.safetensors", bits=4, method="rtn")
     file = ModelFile.open(tmp_path / "a.safetensors")
     for name in set(matrix_shapes(CONFIG)) - {"embed"}:
         codes, scales = round_int4(WEIGHTS[name], 32)
         np.testing.assert_array_equal(
             file.tiles[name], packing.pack_codes("int4", codes, scales), err_msg=name
         )
+
+
+def statistics(name: str) -> InputStatistics:
+    """Of inputs that depend on each other."""
+    rng = np.random.default_rng(len(name))
+    n_in = matrix_shapes(CONFIG)[name][1]
+    x = rng.standard_normal((500, n_in)) @ (np.eye(n_in) + rng.standard_normal((n_in, n_in)) / 8)
+    gram = (x.T @ x / len(x)).astype(np.float32)
+    return InputStatistics(np.diag(gram).copy(), np.tril(gram))
+
+
+def output_error(file: ModelFile, name: str) -> float:
+    """Mean square of what a matrix's outputs lose on such inputs."""
+    gram = statistics(name).gram
+    assert gram is not None
+    gram = gram + np.tril(gram, -1).T
+    error = (dequantized(file, name) - WEIGHTS[name]).astype(np.float64)
+    return float(np.einsum("ri,ij,rj->", error, gram, error)) / len(error)
+
+
+def test_each_method_loses_less_than_the_one_before(source: Path, tmp_path: Path) -> None:
+    errors = {}
+    for method, calibration in (
+        ("rtn", None),
+        ("search", None),
+        ("search", statistics),
+        ("gptq", statistics),
+    ):
+        quantize(
+            open_checkpoint(source),
+            tmp_path / "a",
+            bits=4,
+            method=method,
+            calibration=calibration,
+            force=True,
+        )
+        file = ModelFile.open(tmp_path / "a")
+        assert method in file.recipe
+        assert ("calibrated" in file.recipe) == (calibration is not None)
+        layers = set(matrix_shapes(CONFIG)) - {"embed"}
+        errors[method, calibration] = sum(output_error(file, name) for name in layers)
+    losses = list(errors.values())
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("method", ["rtn", "search", "gptq"])
+def test_the_number_of_threads_changes_no_byte(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    checkpoint, sums = open_checkpoint(source), set()
+    monkeypatch.setattr("quantize.pipeline._PIECE_WEIGHTS", 1)
+    monkeypatch.setattr("quantize.pipeline._COMPENSATED_ROWS", 16)
+    for n_threads in (1, 2, 5):
+        monkeypatch.setattr("quantize.pipeline._N_THREADS", n_threads)
+        calibration = statistics if method == "gptq" else None
+        output = tmp_path / str(n_threads)
+        summary = quantize(checkpoint, output, bits=4, method=method, calibration=calibration)
+        sums.add(summary.sha256)
+    assert len(sums) == 1
+
+
+@pytest.mark.parametrize("method", ["rtn", "search", "gptq"])
+def test_a_hidden_grid_is_kept(tmp_path: Path, method: str) -> None:
+    """As in checkpoints of a quantization-aware training, whose weights are 16 bits wide still."""
+    rng, weights = np.random.default_rng(9), dict(WEIGHTS)
+    for name in (MATRIX, "layers.0.attn_q"):
+        shape = weights[name].shape
+        scales = (rng.standard_normal((shape[0], shape[1] // 32, 1)) * 0.01).astype(np.float16)
+        codes = rng.integers(-8, 8, (*scales.shape[:2], 32))
+        on_grid = (codes * scales.astype(np.float32)).astype(np.float32).reshape(shape)
+        weights[name] = packing.from_bfloat16(packing.to_bfloat16(on_grid))
+    source = open_checkpoint(write_hf(tmp_path / "checkpoint", CONFIG, weights, "BF16"))
+    calibration = statistics if method == "gptq" else None
+    quantize(source, tmp_path / "a", bits=4, method=method, calibration=calibration)
+    file = ModelFile.open(tmp_path / "a")
+    for name in (MATRIX, "layers.0.attn_q"):
+        held = source.tensors[name].rows(0, len(weights[name]))
+        kept = packing.from_bfloat16(packing.to_bfloat16(dequantized(file, name)))
+        np.testing.assert_array_equal(kept, held, err_msg=name)
+    other = source.tensors["layers.0.attn_k"].rows(0, file.matrices["layers.0.attn_k"].n_out)
+    assert not np.array_equal(dequantized(file, "layers.0.attn_k"), other)
 
 
 def test_two_conversions_are_equal(source: Path, tmp_path: Path) -> None:

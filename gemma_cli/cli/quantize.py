@@ -13,11 +13,14 @@ from gemma_cli import demo
 from gemma_cli.cli import options, output
 from gemma_cli.models import SUFFIX, models_folder
 from quantize.errors import GemmaError
-from quantize.recipe import FORMAT_OF_BITS, RECIPES
+from quantize.recipe import FORMAT_OF_BITS, METHODS, RECIPES
 
 if TYPE_CHECKING:
     from quantize.checkpoint import Checkpoint
     from quantize.pipeline import PlannedTensor, Summary
+    from quantize.statistics import Calibration
+
+DEFAULT_TEXT = "default"
 
 
 def quantize(
@@ -64,6 +67,25 @@ def quantize(
             help="small: with 4 bits, the embedding takes 4, too, instead of 8.",
         ),
     ] = "default",
+    method: Annotated[
+        str,
+        typer.Option(
+            callback=options.one_of(*METHODS),
+            metavar="|".join(METHODS),
+            help="How 4-bit weights are found: rtn rounds to the nearest step; search fits levels "
+            "and scales to each matrix; gptq also makes later weights atone for earlier ones, "
+            "which takes a calibration and the most time.",
+        ),
+    ] = "search",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT|default",
+            help="Run the checkpoint over a text file, or a mixed text that comes with gemma-cli, "
+            "to learn which 4-bit weights matter. Default: only for gptq.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
@@ -82,12 +104,25 @@ def quantize(
     gemma-cli quantize ~/gemma-3-1b-it
 
     gemma-cli quantize gemma-2-2b-it.gguf --bits 8 -o gemma-2.safetensors
+
+    gemma-cli quantize ~/gemma-3-1b-it --method gptq --calibrate my-texts.txt
     """
     from quantize import pipeline
+
+    if method == "gptq" or calibrate == "":
+        calibrate = calibrate or DEFAULT_TEXT
+    if calibrate and (bits != 4 or method == "rtn"):
+        raise typer.BadParameter(
+            "A calibration is for --bits 4 with --method search or gptq.", param_hint="--calibrate"
+        )
 
     name = demo.NAME if source == "demo" else checkpoint_name(source)
     groups = f"-g{group_size}" if group_size != 32 and bits in {4, 8} else ""
     which = "" if recipe == "default" else f"-{recipe}"
+    if bits == 4 and method != "search":
+        which += f"-{method}"
+    elif calibrate:
+        which += "-calibrated"
     path = out or models_folder() / f"{name}-{FORMAT_OF_BITS[bits]}{which}{groups}{SUFFIX}"
     if source == "demo":
         if out is None and path.exists() and not (force or dry_run):
@@ -108,6 +143,8 @@ def quantize(
             bits=bits,
             group_size=group_size,
             recipe=recipe,
+            method=method,
+            calibration=calibration_of(checkpoint, calibrate, method) if calibrate else None,
             force=force,
             progress=lambda p: progress(p.bytes_done, f"{p.tensors_done}/{p.tensors}"),
         )
@@ -137,6 +174,22 @@ def open_source(source: str) -> "Checkpoint":
             "as .safetensors or .gguf."
         )
     return open_checkpoint(Path(source))
+
+
+def calibration_of(checkpoint: "Checkpoint", text: str, method: str) -> "Calibration":
+    """The statistics of a text file, or of the text that comes with gemma-cli."""
+    from gemma_cli.cli import loading
+    from gemma_cli.measure import calibration
+    from gemma_cli.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(checkpoint.tokenizer_model)
+    content = (
+        calibration.default_text() if text == DEFAULT_TEXT else loading.read_files([Path(text)])[0]
+    )
+    sequences = calibration.sequences(tokenizer.encode(content), tokenizer.bos_id)
+    if not sequences:
+        raise GemmaError(f"{text} is empty: give a text to calibrate with.")
+    return calibration.Calibration(checkpoint, sequences, gram=method == "gptq")
 
 
 def existing(path: Path) -> "Summary":

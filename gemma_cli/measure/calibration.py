@@ -1,0 +1,228 @@
+"""Calibration: what a text makes of each matrix's inputs, gathered layer by layer.
+
+The checkpoint itself is run, in float32 and with NumPy, all sequences through one layer before the
+next: so only one layer's weights are in memory, besides the residual stream of every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.resources import files
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_cli.runtime.model import default_threads
+from quantize.checkpoint import Checkpoint
+from quantize.config import GemmaConfig
+from quantize.statistics import InputStatistics
+
+Floats = NDArray[np.float32]
+
+SEQUENCE = 512
+"""Tokens that attend to each other, as when quality is measured."""
+
+_BATCH = 8  # sequences whose inputs to a layer's matrices are held at once
+_GRAM_COLUMNS = 256  # that a thread computes at a time
+
+_MATRICES = (
+    ("attn_q", "attn_k", "attn_v"),
+    ("attn_o",),
+    ("ffn_gate", "ffn_up"),
+    ("ffn_down",),
+)
+"""A layer's matrices by the input that they share, in the order of `layer`'s inputs."""
+
+
+def default_text() -> str:
+    """Prose, dialogue and code in many languages, written for this project (Apache-2.0)."""
+    return files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")
+
+
+def sequences(ids: Sequence[int], bos_id: int) -> list[NDArray[np.int32]]:
+    """Cuts a text's ids (without BOS) into sequences that begin with BOS."""
+    step = SEQUENCE - 1
+    return [
+        np.array([bos_id, *ids[start : start + step]], np.int32)
+        for start in range(0, len(ids), step)
+    ]
+
+
+class Calibration:
+    """The input statistics of each matrix, by its name; `quantize.statistics.Calibration`.
+
+    Matrices are asked for in the order of the layers, and a layer is run when it is reached. With
+    `gram`, Gram matrices are gathered too, which take 4 n_in^2 bytes each while they are in use.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, text: Sequence[NDArray[np.int32]], *, gram: bool
+    ) -> None:
+        self._statistics = _statistics(checkpoint, text, gram)
+        self._names: tuple[str, ...] = ()
+        self._current: InputStatistics
+
+    def __call__(self, name: str) -> InputStatistics:
+        while name not in self._names:
+            # What was there is given up before the next is gathered: it may be a gigabyte.
+            self._names, self._current = next(self._statistics)
+        return self._current
+
+
+def _statistics(
+    checkpoint: Checkpoint, text: Sequence[NDArray[np.int32]], gram: bool
+) -> Iterator[tuple[tuple[str, ...], InputStatistics]]:
+    config, embedding = checkpoint.config, checkpoint.tensors["embed"]
+    n_tokens = sum(map(len, text))
+
+    def embed(ids: NDArray[np.int32]) -> Floats:
+        unique, where = np.unique(ids, return_inverse=True)
+        rows = np.concatenate([embedding.rows(int(i), int(i) + 1) for i in unique])
+        return rows[where] * np.float32(np.sqrt(config.hidden_size))
+
+    stream = [embed(ids) for ids in text]
+    with ThreadPoolExecutor(default_threads()) as pool:
+        for i in range(config.n_layers):
+            weights = _layer_weights(checkpoint, i)
+            gathered = [_Sums(gram) for _ in _MATRICES]
+            for start in range(0, len(stream), _BATCH):
+                batch = slice(start, start + _BATCH)
+                done = list(pool.map(partial(layer, config, weights, i), stream[batch]))
+                stream[batch] = [x for x, _ in done]
+                for k, sums in enumerate(gathered):
+                    sums.add(np.concatenate([inputs[k] for _, inputs in done]), pool)
+            del weights
+            for names, sums in zip(_MATRICES, gathered, strict=True):
+                yield tuple(f"layers.{i}.{name}" for name in names), sums.means(n_tokens)
+        sums = _Sums(gram)
+        norm = checkpoint.tensors["final_norm"].values()
+        for start in range(0, len(stream), _BATCH):
+            x = np.concatenate(stream[start : start + _BATCH])
+            sums.add(rms_norm(x, norm, config.rms_norm_eps), pool)
+        yield ("embed",), sums.means(n_tokens)
+
+
+class _Sums:
+    """Sums over the inputs of a matrix, batch after batch."""
+
+    def __init__(self, with_gram: bool) -> None:
+        self._with_gram = with_gram
+        self._squares: NDArray[np.float64] | None = None
+        self._gram: Floats | None = None
+
+    def add(self, x: Floats, pool: ThreadPoolExecutor) -> None:
+        """x: (n, n_in)"""
+        n_in = x.shape[1]
+        if self._squares is None:
+            self._squares = np.zeros(n_in)
+            self._gram = np.zeros((n_in, n_in), np.float32) if self._with_gram else None
+        self._squares += np.einsum("ti,ti->i", x, x, dtype=np.float64)
+        if self._gram is not None:
+            gram = self._gram
+
+            def columns(start: int) -> None:
+                stop = start + _GRAM_COLUMNS
+                gram[start:, start:stop] += x[:, start:].T @ x[:, start:stop]
+
+            list(pool.map(columns, range(0, n_in, _GRAM_COLUMNS)))
+
+    def means(self, n_tokens: int) -> InputStatistics:
+        if self._squares is None:
+            raise ValueError("there is no text")
+        if self._gram is not None:
+            self._gram /= np.float32(n_tokens)
+        return InputStatistics((self._squares / n_tokens).astype(np.float32), self._gram)
+
+
+def _layer_weights(checkpoint: Checkpoint, i: int) -> dict[str, Floats]:
+    """A layer's tensors in float32, by their names within it."""
+    prefix = f"layers.{i}."
+    return {
+        name.removeprefix(prefix): tensor.values()
+        if len(tensor.shape) == 1
+        else tensor.rows(0, tensor.shape[0])
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+# The equations of runtime/forward.py in float32, a sequence at a time.
+
+
+def layer(
+    config: GemmaConfig, weights: dict[str, Floats], i: int, x: Floats
+) -> tuple[Floats, tuple[Floats, Floats, Floats, Floats]]:
+    """A sequence's residual stream (n, hidden_size) after layer i, and what its matrices were
+    multiplied by: the inputs of q, k and v, of o, of gate and up, and of down, each (n, n_in)."""
+
+    def norm(y: Floats, name: str) -> Floats:
+        return rms_norm(y, weights[name], config.rms_norm_eps) if name in weights else y
+
+    h = norm(x, "attn_norm")
+    mixed = _attention(config, weights, i, h)
+    x = x + norm(mixed @ weights["attn_o"].T, "post_attn_norm")
+    h2 = norm(x, "ffn_norm")
+    gated = _gelu(h2 @ weights["ffn_gate"].T)
+    gated *= h2 @ weights["ffn_up"].T
+    x = x + norm(gated @ weights["ffn_down"].T, "post_ffn_norm")
+    return x, (h, mixed, h2, gated)
+
+
+def _attention(config: GemmaConfig, weights: dict[str, Floats], i: int, h: Floats) -> Floats:
+    """Causal attention before its output projection, (n, n_heads * head_dim)."""
+    n, d = len(h), config.head_dim
+
+    def heads(name: str, n_heads: int, norm: str) -> Floats:
+        y = (h @ weights[name].T).reshape(n, n_heads, d)
+        return rms_norm(y, weights[norm], config.rms_norm_eps) if norm in weights else y
+
+    slides = config.sliding_layers[i]
+    base = config.rope_local_base if slides else config.rope_base
+    scale = 1.0 if slides else config.rope_scale
+    angles = np.arange(n)[:, None] * (base ** (-np.arange(d // 2) / (d // 2)) / scale)
+    cos = np.cos(angles).astype(np.float32)[:, None]
+    sin = np.sin(angles).astype(np.float32)[:, None]
+
+    def rotate(y: Floats) -> Floats:
+        a, b = y[..., : d // 2], y[..., d // 2 :]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    q = rotate(heads("attn_q", config.n_heads, "q_norm")) * np.float32(config.query_scale)
+    k = rotate(heads("attn_k", config.n_kv_heads, "k_norm"))
+    v = heads("attn_v", config.n_kv_heads, "")
+    behind = np.arange(n)[:, None] - np.arange(n)
+    hidden = behind < 0
+    if slides:
+        hidden |= behind >= config.sliding_window
+    mixed = np.empty((n, config.n_heads, d), np.float32)
+    group = config.n_heads // config.n_kv_heads
+    for head in range(config.n_heads):
+        scores = q[:, head] @ k[:, head // group].T
+        if cap := np.float32(config.attention_soft_cap):
+            scores = cap * np.tanh(scores / cap)
+        scores[hidden] = -np.inf
+        scores -= scores.max(1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(1, keepdims=True)
+        mixed[:, head] = scores @ v[:, head // group]
+    return mixed.reshape(n, -1)
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    return np.asarray(x / np.sqrt(mean_square + np.float32(eps)) * weight, np.float32)
+
+
+def _gelu(x: Floats) -> Floats:
+    """Its tanh approximation: x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    u = x * x
+    u *= np.float32(-2 * np.sqrt(2 / np.pi) * 0.044715)
+    u -= np.float32(2 * np.sqrt(2 / np.pi))
+    u *= x
+    with np.errstate(over="ignore"):
+        np.exp(u, out=u)
+    u += 1
+    np.divide(x, u, out=u)
+    return u

@@ -1,0 +1,87 @@
+"""Calibration against the NumPy reference, and that it is worth its time."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from checkpoints import random_weights, tiny, write_hf
+from numpy.typing import NDArray
+
+from gemma_cli.measure import calibration
+from gemma_cli.measure.calibration import Calibration, default_text, sequences
+from quantize.checkpoint import open_checkpoint
+from quantize.config import GemmaConfig
+from quantize.tensors import matrix_shapes
+
+Array = NDArray[np.float32]
+
+
+def reference_inputs(
+    config: GemmaConfig, weights: dict[str, Array], ids: NDArray[np.int32]
+) -> dict[str, Array]:
+    """What the reference multiplies each matrix by, seen from outside: each matrix is replaced by
+    one that remembers it."""
+    seen: dict[str, Array] = {}
+
+    class Remembering:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: object) -> Array:
+            x, _ = args
+            seen[self.name] = np.array(x)
+            return np.matmul(np.array(x), weights[self.name].T)
+
+        @property
+        def T(self) -> "Remembering":  # noqa: N802
+            return self
+
+        def __getitem__(self, index: object) -> Array:
+            return np.asarray(weights[self.name][index])  # type: ignore[index]
+
+    spied = {
+        name: Remembering(name) if name in matrix_shapes(config) else w
+        for name, w in weights.items()
+    }
+    reference.forward(config, spied, ids)  # type: ignore[arg-type]
+    return seen
+
+
+@pytest.mark.parametrize("generation", ["gemma", "gemma2", "gemma3"])
+def test_statistics_are_those_of_the_reference(
+    generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(generation)
+    checkpoint = open_checkpoint(write_hf(tmp_path / "c", config, random_weights(config)))
+    rng = np.random.default_rng(0)
+    text = [rng.integers(0, config.vocab_size, n, dtype=np.int32) for n in (20, 33, 7)]
+    monkeypatch.setattr(calibration, "_BATCH", 2)
+    monkeypatch.setattr(calibration, "_GRAM_COLUMNS", 16)
+    gathered = Calibration(checkpoint, text, gram=True)
+    weights = dict(reference.read_weights(checkpoint))
+    inputs = [reference_inputs(config, weights, ids) for ids in text]
+    for name in matrix_shapes(config):
+        x = np.concatenate([seen[name] for seen in inputs]).astype(np.float64)
+        statistics = gathered(name)
+        gram = x.T @ x / len(x)
+        # Both work in float32, in another order: a few roundings a layer.
+        tolerance = {"rtol": 1e-3, "atol": 1e-4 * np.abs(gram).max()}
+        np.testing.assert_allclose(statistics.mean_squares, np.diag(gram), **tolerance)
+        assert statistics.gram is not None
+        np.testing.assert_allclose(np.tril(statistics.gram), np.tril(gram), **tolerance)
+
+
+def test_sequences_hold_every_id_once_after_bos() -> None:
+    ids = list(range(10, 1210))
+    cut = sequences(ids, bos_id=2)
+    assert [int(s[0]) for s in cut] == [2] * len(cut)
+    assert [int(i) for s in cut for i in s[1:]] == ids
+    assert max(map(len, cut)) == calibration.SEQUENCE
+
+
+def test_the_default_text_is_short_and_mixed() -> None:
+    text = default_text()
+    assert len(text.encode()) <= 200_000
+    for word in ("def ", "的", "は", "и ", "und ", "SELECT"):
+        assert word in text

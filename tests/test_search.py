@@ -1,0 +1,171 @@
+"""Searched scales and codebooks against a dense scan, and compensation against GPTQ's formula."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from quantize.compensation import factorize, round_compensated
+from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS, round_int4
+from quantize.search import Levels, fit_codebook, round_searched
+
+Floats = NDArray[np.float64]
+
+
+def weighted_error(
+    rows: NDArray[np.float32],
+    rounded: tuple[NDArray[np.uint8], NDArray[np.float16]],
+    levels: Levels,
+    importance: NDArray[np.float32],
+) -> Floats:
+    """Each group's error, (n_rows, n_groups)."""
+    codes, scales = rounded
+    steps = np.repeat(scales.astype(np.float64), rows.shape[1] // scales.shape[1], 1)
+    errors = (rows - np.array(levels)[codes] * steps) ** 2 * importance
+    return errors.reshape(*scales.shape, -1).sum(-1)
+
+
+def scanned_error(
+    rows: NDArray[np.float32], group_size: int, levels: Levels, importance: NDArray[np.float32]
+) -> Floats:
+    """Each group's least error over 4,000 scales of both signs, each with its nearest codes."""
+    groups = rows.astype(np.float64).reshape(len(rows), -1, group_size)
+    weights = importance.reshape(-1, group_size)
+    least = np.full(groups.shape[:2], np.inf)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    for factor in np.linspace(0.4, 2.0, 2000) / np.abs(levels).max():
+        for scale in (largest * factor, -largest * factor):
+            nearest = np.abs(groups[..., None] - np.array(levels) * scale[..., None]).min(-1)
+            least = np.minimum(least, (nearest**2 * weights).sum(-1))
+    return least
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("levels", [IQ4_NL_LEVELS, LINEAR_LEVELS])
+def test_scales_are_nearly_the_best_there_are(levels: Levels, group_size: int) -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((16, 256)).astype(np.float32)
+    importance = rng.exponential(size=256).astype(np.float32)
+    ours = weighted_error(
+        rows, round_searched(rows, group_size, levels, importance), levels, importance
+    )
+    best = scanned_error(rows, group_size, levels, importance)
+    # 22 scales are tried, not thousands: in sum that costs at most a few percent.
+    assert ours.sum() <= 1.05 * best.sum()
+    assert (ours <= 1.5 * best).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-5, 1.0, 1e4, 1e30])
+def test_codes_are_the_nearest_for_the_scale_that_is_stored(size: float) -> None:
+    rows = np.random.default_rng(2).standard_normal((8, 64)).astype(np.float32)
+    rows *= np.float32(size)
+    codes, scales = round_searched(rows, 32, IQ4_NL_LEVELS, np.ones(64, np.float32))
+    assert np.isfinite(scales).all()
+    grid = np.repeat(scales.astype(np.float64), 32, 1)[..., None] * np.array(IQ4_NL_LEVELS)
+    chosen = np.take_along_axis(grid, codes[..., None].astype(int), -1)[..., 0]
+    nearest = np.abs(rows[..., None] - grid).min(-1)
+    # A weight in the middle between two levels may go either way, by float32's rounding.
+    slack = 2.0**-20 * np.abs(grid).max(-1)
+    assert (np.abs(rows - chosen) <= nearest + slack).all()
+
+
+def test_zero_weights_stay_zero() -> None:
+    rows = np.zeros((2, 64), np.float32)
+    rows[1, 40] = 1.0
+    codes, scales = round_searched(rows, 32, LINEAR_LEVELS, np.zeros(64, np.float32))
+    rounded = np.array(LINEAR_LEVELS)[codes] * np.repeat(scales.astype(np.float32), 32, 1)
+    # The scale of the one weight is rounded to float16.
+    np.testing.assert_allclose(rounded, rows, rtol=2.0**-11)
+
+
+def test_importance_decides_what_is_kept() -> None:
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((64, 128)).astype(np.float32)
+    importance = rng.exponential(size=128).astype(np.float32) ** 2
+    flat = np.ones(128, np.float32)
+    errors = [
+        weighted_error(rows, round_searched(rows, 32, IQ4_NL_LEVELS, by), IQ4_NL_LEVELS, importance)
+        for by in (importance, flat)
+    ]
+    assert errors[0].sum() < errors[1].sum()
+
+
+def test_a_fitted_codebook_loses_less_than_fixed_ones() -> None:
+    rows = np.random.default_rng(4).standard_t(5, (64, 1024)).astype(np.float32)
+    importance = np.ones(1024, np.float32)
+    fitted = fit_codebook(rows, 32, importance)
+    assert len(fitted) == 16
+    assert list(fitted) == sorted(fitted)
+    assert max(map(abs, fitted)) == 127
+    errors = {
+        levels: weighted_error(
+            rows, round_searched(rows, 32, levels, importance), levels, importance
+        ).sum()
+        for levels in (fitted, IQ4_NL_LEVELS, LINEAR_LEVELS)
+    }
+    assert min(errors, key=lambda levels: errors[levels]) == fitted
+
+
+def test_weights_on_equal_steps_get_equal_steps() -> None:
+    rng = np.random.default_rng(5)
+    rows = rng.integers(-8, 8, (64, 256)).astype(np.float32) * np.float32(0.01)
+    codes, scales = round_int4(rows, 32)
+    rows = (codes.astype(np.float32) - 8) * np.repeat(scales.astype(np.float32), 32, 1)
+    assert fit_codebook(rows, 32, np.ones(256, np.float32)) == LINEAR_LEVELS
+    assert fit_codebook(np.zeros((2, 64), np.float32), 32, np.ones(64, np.float32)) == LINEAR_LEVELS
+
+
+def correlated_inputs(n_in: int) -> Floats:
+    rng = np.random.default_rng(6)
+    mixing = np.eye(n_in) + rng.standard_normal((n_in, n_in)) / np.sqrt(n_in)
+    return rng.standard_normal((2000, n_in)) @ mixing
+
+
+def gptq_codes(
+    rows: Floats, gram: Floats, scales: NDArray[np.float16], group_size: int, levels: Levels
+) -> NDArray[np.int64]:
+    """GPTQ as its paper has it (algorithm 1), with the inverse, but from the last input on."""
+    damped = gram + 0.01 * np.diag(gram).mean() * np.eye(len(gram))
+    turned = np.linalg.cholesky(np.linalg.inv(damped[::-1, ::-1])).T
+    left = rows[:, ::-1].copy()
+    codes = np.empty(rows.shape, np.int64)
+    for k in range(len(gram)):
+        column = len(gram) - 1 - k
+        values = np.array(levels) * scales[:, column // group_size].astype(np.float64)[:, None]
+        codes[:, column] = np.abs(left[:, k, None] - values).argmin(1)
+        chosen = np.take_along_axis(values, codes[:, column, None], 1)[:, 0]
+        left[:, k:] -= np.outer((left[:, k] - chosen) / turned[k, k], turned[k, k:])
+    return codes
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_compensation_is_gptq(group_size: int) -> None:
+    n_in = 192
+    x = correlated_inputs(n_in)
+    gram = x.T @ x / len(x)
+    rows = np.random.default_rng(7).standard_normal((48, n_in)).astype(np.float32)
+    importance = np.diag(gram).astype(np.float32)
+    factor = factorize(np.tril(gram).astype(np.float32))
+    codes, scales = round_compensated(rows, group_size, IQ4_NL_LEVELS, importance, factor)
+    expected = gptq_codes(rows.astype(np.float64), gram, scales, group_size, IQ4_NL_LEVELS)
+    # In float32 a weight near the middle between two levels may fall to the other side, and takes
+    # what follows in its row along.
+    assert (codes == expected).all(1).mean() > 0.9
+
+    def output_error(rounded: tuple[NDArray[np.uint8], NDArray[np.float16]]) -> float:
+        steps = np.repeat(rounded[1].astype(np.float64), group_size, 1)
+        error = rows - np.array(IQ4_NL_LEVELS)[rounded[0]] * steps
+        return float(np.einsum("ri,ij,rj->", error, gram, error))
+
+    searched = round_searched(rows, group_size, IQ4_NL_LEVELS, importance)
+    assert output_error((codes, scales)) < 0.8 * output_error(searched)
+
+
+def test_inputs_that_never_occurred_are_rounded_all_the_same() -> None:
+    rows = np.random.default_rng(8).standard_normal((4, 64)).astype(np.float32)
+    nothing = np.zeros((64, 64), np.float32)
+    codes, scales = round_compensated(
+        rows, 32, IQ4_NL_LEVELS, np.zeros(64, np.float32), factorize(nothing)
+    )
+    alone = round_searched(rows, 32, IQ4_NL_LEVELS, np.zeros(64, np.float32))
+    assert np.array_equal(codes, alone[0])
+    assert np.array_equal(scales, alone[1])
