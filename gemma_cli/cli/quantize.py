@@ -1,6 +1,7 @@
 """gemma-cli quantize: a checkpoint to a model file."""
 
 import hashlib
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -121,7 +122,7 @@ def checkpoint_name(source: str) -> str:
     if path.is_dir() or path.stem in {"model", "consolidated"}:
         # Kaggle's downloads end with the number of a version: gemma-3-1b-it/1.
         return folder.parent.name if folder.name.isdecimal() else folder.name
-    return path.stem
+    return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)  # of a split GGUF file
 
 
 def open_source(source: str) -> "Checkpoint":
