@@ -196,7 +196,7 @@ def quantize(
         chat=source.chat,
         sampling=source.sampling,
         recipe=f"{recipe}, {bits} bits{groups}",
-        source=os.fsencode(source.path.absolute().name).decode(errors="replace"),
+        source=source.name,
         tokenizer_model=source.tokenizer_model,
         matrices={p.name: p.spec for p in planned},
     )

@@ -65,6 +65,14 @@ def quantize(
             help="small: with 4 bits, the embedding takes 4, too, instead of 8.",
         ),
     ] = "default",
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A LoRA adapter that PEFT saved, to be merged; can be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
@@ -80,13 +88,15 @@ def quantize(
 
     gemma-cli quantize demo
 
-    gemma-cli quantize ~/gemma-3-1b-it
+    gemma-cli quantize ~/gemma-3-1b-it --adapter ~/my-lora
 
     gemma-cli quantize gemma-2-2b-it.gguf --bits 8 -o gemma-2.safetensors
     """
     from quantize import pipeline
+    from quantize.checkpoint.adapter import merge_adapter
 
     name = demo.NAME if source == "demo" else checkpoint_name(source)
+    name = "-".join([name, *(folder.resolve().name for folder in adapter or [])])
     groups = f"-g{group_size}" if group_size != 32 and bits in {4, 8} else ""
     which = "" if recipe == "default" else f"-{recipe}"
     path = out or models_folder() / f"{name}-{FORMAT_OF_BITS[bits]}{which}{groups}{SUFFIX}"
@@ -96,6 +106,8 @@ def quantize(
             return
         output.note(demo.TERMS)
     checkpoint = open_source(source)
+    for folder in adapter or []:
+        checkpoint = merge_adapter(checkpoint, folder)
     for text in checkpoint.notes:
         output.note(text)
     if dry_run:

@@ -118,6 +118,11 @@ def from_gguf(name: str) -> str | None:
     return f"layers.{match['layer']}.{part}" if part else None
 
 
+def is_of_images(name: str) -> bool:
+    """Whether a source's name is one in the image part of a multimodal model."""
+    return _IMAGES.match(name) is not None
+
+
 def text_tensors(
     names: Iterable[str],
     rename: Callable[[str], str | None],
@@ -130,7 +135,7 @@ def text_tensors(
     ours: dict[str, str] = {}
     has_images = False
     for name in names:
-        if _IMAGES.match(name):
+        if is_of_images(name):
             has_images = True
             continue
         if _COMPUTED.fullmatch(name):

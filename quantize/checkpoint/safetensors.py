@@ -144,14 +144,16 @@ def open_hugging_face(folder: Path, file: Path | None = None) -> Checkpoint:
         entries, lambda name: from_hugging_face(name, config.generation), source
     )
     tensors = complete(
-        {our_name: _tensor(name, entries[name]) for our_name, name in ours.items()}, config, source
+        {our_name: float_tensor(name, entries[name]) for our_name, name in ours.items()},
+        config,
+        source,
     )
     tokenizer_model = read_vocabulary(folder)
     check_vocabulary(tokenizer_model, config.vocab_size, str(folder))
     return Checkpoint(
         path=file or folder,
         config=config,
-        tensors=tensors,
+        tensors=complete(tensors, config, source),
         tokenizer_model=tokenizer_model,
         chat="gemma" if has_chat_template(folder) else "base",
         sampling=read_sampling(folder),
@@ -159,7 +161,8 @@ def open_hugging_face(folder: Path, file: Path | None = None) -> Checkpoint:
     )
 
 
-def _tensor(name: str, entry: Entry) -> FloatTensor:
+def float_tensor(name: str, entry: Entry) -> FloatTensor:
+    """An entry as a SourceTensor. Raises GemmaError if its type is none of `FLOATS`."""
     if entry.dtype not in FLOATS:
         raise GemmaError(
             f"{entry.path} holds {name!r} as {entry.dtype}, which is not supported; use a"

@@ -1,5 +1,6 @@
 """What every reader of a checkpoint hands on, whatever the kind of file."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,13 @@ class Checkpoint:
     """The checkpoint's own defaults, of temperature, top_k and top_p those that it has."""
     notes: tuple[str, ...]
     """Sentences for the user."""
+    origin: str = ""
+    """Where it came from, if its path's name does not tell."""
+
+    @property
+    def name(self) -> str:
+        """What the model file says that it was made of."""
+        return self.origin or os.fsencode(self.path.absolute().name).decode(errors="replace")
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
