@@ -75,8 +75,9 @@ def _exact_format(tensor: SourceTensor, fmt: str, group_size: int) -> bool:
     """Whether the source's blocks go over code for code."""
     if group_size != packing.RUN_INPUTS:
         return False
-    kept = {"int4": ("Q4_0", "IQ4_NL"), "int8": ("Q4_0", "Q5_0", "Q8_0")}
-    return tensor.dtype in kept.get(fmt.removesuffix("_planes"), ())
+    kept = {"int4": ("Q4_0", "IQ4_NL"), "int8": ("Q4_0", "Q5_0", "Q8_0", "I8")}
+    formats = kept.get(fmt.removesuffix("_planes"), ())
+    return tensor.dtype in formats and tensor.grid(0, 1) is not None
 
 
 def plan(
@@ -235,7 +236,7 @@ def quantize(
         chat=source.chat,
         sampling=source.sampling,
         recipe=f"{recipe}, {bits} bits{groups}{how}",
-        source=os.fsencode(source.path.absolute().name).decode(errors="replace"),
+        source=source.name,
         tokenizer_model=source.tokenizer_model,
         matrices={p.name: p.spec for p in planned},
     )

@@ -207,10 +207,18 @@ def write_gguf(
     weights: Weights,
     dtype: str = "F32",
     metadata: Mapping[str, object] | None = None,
+    *,
+    tensors_in_a_part: int = 0,
+    metadata_alone: bool = False,
 ) -> Path:
     """A GGUF file, its matrices of the given type (bytes are its blocks already); `metadata` is
-    added to the usual."""
-    writer = gguf.GGUFWriter(path, config.generation)
+    added to the usual. With `tensors_in_a_part`, a split one."""
+    writer = gguf.GGUFWriter(
+        path,
+        config.generation,
+        split_max_tensors=tensors_in_a_part,
+        small_first_shard=metadata_alone,
+    )
     stated = gguf_metadata(config) | VOCABULARY | dict(metadata or {})
     for key, value in stated.items():
         if isinstance(value, list):
@@ -227,7 +235,7 @@ def write_gguf(
         kind = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else dtype]
         blocks = values if values.dtype == np.uint8 else gguf.quants.quantize(values, kind)
         writer.add_tensor(gguf_name(name), blocks, raw_dtype=kind)
-    writer.write_header_to_file()
+    writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()

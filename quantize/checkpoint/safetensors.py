@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +21,10 @@ from quantize.checkpoint.sentencepiece_model import (
     sentencepiece_from_tokenizer_json,
 )
 from quantize.checkpoint.source import (
+    FLOATS,
     IMAGES_NOTE,
     Checkpoint,
-    Grid,
+    FloatTensor,
     check_vocabulary,
     map_file,
     read_file,
@@ -41,8 +41,8 @@ _ITEM_BYTES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64"), 8),
 }
-_NUMPY = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -54,37 +54,6 @@ class Entry:
     shape: tuple[int, ...]
     data: NDArray[np.uint8]
     """Its bytes, a view of the mapped file."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class SafetensorsTensor:
-    """A SourceTensor of 2 dimensions (or 1) in BF16, F16 or F32."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    data: NDArray[np.generic]
-    """Of that shape; BF16 as uint16."""
-
-    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows as float32, (stop - start, n_in)."""
-        return self._widen(self.data[start:stop])
-
-    def values(self) -> NDArray[np.float32]:
-        """A norm as it is applied: Gemma multiplies by 1 + w, and Hugging Face keeps w."""
-        return np.float32(1) + self._widen(self.data)
-
-    def grid(self, start: int, stop: int) -> Grid | None:
-        """None: these are no blocks."""
-        return None
-
-    def _widen(self, data: NDArray[np.generic]) -> NDArray[np.float32]:
-        if self.dtype == "BF16":
-            # A bfloat16 is the upper half of a float32.
-            wide = np.left_shift(data, 16, dtype=np.uint32)
-            return cast(NDArray[np.float32], wide.view(np.float32))
-        return data.astype(np.float32)
 
 
 def read_safetensors(path: Path) -> dict[str, Entry]:
@@ -110,7 +79,12 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     if not header_bytes.startswith(b"{"):
         raise damaged("its header does not start with '{'")
     header = parse_json_object(header_bytes, f"The header of {path}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if isinstance(metadata, dict) and metadata.get("format") == "gemma-cli":
+        raise GemmaError(
+            f"{path} is a model file already, of which some of the checkpoint is lost; convert the"
+            f" checkpoint itself ({metadata.get('source', 'its source')!s:.100})."
+        )
     buffer = file[8 + header_size :]
 
     spans: list[tuple[int, int, str]] = []
@@ -142,6 +116,11 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     return entries
 
 
+def is_in(folder: Path) -> bool:
+    """Whether a folder holds the weights of such a checkpoint."""
+    return any((folder / name).is_file() for name in (_SINGLE, _INDEX))
+
+
 def open_hugging_face(folder: Path, file: Path | None = None) -> Checkpoint:
     """A Hugging Face folder, or one of its safetensors files with the folder's other files.
 
@@ -149,6 +128,8 @@ def open_hugging_face(folder: Path, file: Path | None = None) -> Checkpoint:
     """
     config_path = folder / "config.json"
     if not config_path.is_file():
+        if file:
+            read_safetensors(file)  # It may be a model file, which needs none.
         raise GemmaError(
             f"{folder} holds no config.json; give the folder of a Gemma checkpoint from Hugging"
             " Face, or a .gguf file."
@@ -163,44 +144,47 @@ def open_hugging_face(folder: Path, file: Path | None = None) -> Checkpoint:
         entries, lambda name: from_hugging_face(name, config.generation), source
     )
     tensors = complete(
-        {our_name: _tensor(name, entries[name]) for our_name, name in ours.items()}, config, source
+        {our_name: float_tensor(name, entries[name]) for our_name, name in ours.items()},
+        config,
+        source,
     )
-    tokenizer_model = _read_vocabulary(folder)
+    tokenizer_model = read_vocabulary(folder)
     check_vocabulary(tokenizer_model, config.vocab_size, str(folder))
     return Checkpoint(
         path=file or folder,
         config=config,
-        tensors=tensors,
+        tensors=complete(tensors, config, source),
         tokenizer_model=tokenizer_model,
-        chat="gemma" if _has_chat_template(folder) else "base",
-        sampling=_read_sampling(folder),
+        chat="gemma" if has_chat_template(folder) else "base",
+        sampling=read_sampling(folder),
         notes=(IMAGES_NOTE,) if has_images or "vision_config" in raw else (),
     )
 
 
-def _tensor(name: str, entry: Entry) -> SafetensorsTensor:
-    if entry.dtype not in _NUMPY:
+def float_tensor(name: str, entry: Entry) -> FloatTensor:
+    """An entry as a SourceTensor. Raises GemmaError if its type is none of `FLOATS`."""
+    if entry.dtype not in FLOATS:
         raise GemmaError(
             f"{entry.path} holds {name!r} as {entry.dtype}, which is not supported; use a"
             " checkpoint in BF16, F16 or F32."
         )
-    data = entry.data.view(_NUMPY[entry.dtype]).reshape(entry.shape)
-    return SafetensorsTensor(name, entry.shape, entry.dtype, entry.data.size, data)
+    data = entry.data.view(FLOATS[entry.dtype]).reshape(entry.shape)
+    return FloatTensor(name, entry.dtype, data)
 
 
 def _read_weights(folder: Path, file: Path | None) -> Mapping[str, Entry]:
     """All tensors, of one file or of the shards that an index lists."""
-    single = file or folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    shard_of = _read_index(index) if index.is_file() else {}
+    single = file or folder / _SINGLE
+    index = folder / _INDEX
+    shard_of = read_index(index) if index.is_file() else {}
     if file and file.name not in shard_of.values():
         return read_safetensors(file)
     if not file and single.is_file():
         return read_safetensors(single)
     if not shard_of:
         raise GemmaError(
-            f"{folder} holds no model.safetensors and no model.safetensors.index.json; give the"
-            " folder of a complete Gemma checkpoint in the safetensors format."
+            f"{folder} holds no {_SINGLE} and no {_INDEX}; give the folder of a complete Gemma"
+            " checkpoint in the safetensors format."
         )
     shards = {shard: read_safetensors(folder / shard) for shard in sorted(set(shard_of.values()))}
     entries: dict[str, Entry] = {}
@@ -214,22 +198,24 @@ def _read_weights(folder: Path, file: Path | None) -> Mapping[str, Entry]:
     return entries
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     """Tensor names to the files, in the index's own folder, that hold them."""
     weight_map = Fields(parse_json_object(read_file(path), str(path)), str(path)).mapping(
         "weight_map"
     )
     for name, shard in weight_map.values.items():
         # A path could lead out of the folder.
-        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+        plain = isinstance(shard, str) and _PLAIN_NAME.fullmatch(shard)
+        if not plain or not str(shard).endswith(suffix):
             raise GemmaError(
                 f"{path} places {name!r} in {shard!r}, which is not the plain name of a"
-                " .safetensors file; get the checkpoint from its original source."
+                f" {suffix} file; get the checkpoint from its original source."
             )
     return {name: str(shard) for name, shard in weight_map.values.items()}
 
 
-def _read_vocabulary(folder: Path) -> bytes:
+def read_vocabulary(folder: Path) -> bytes:
+    """The folder's tokenizer as a SentencePiece model. Raises GemmaError if there is none."""
     model, converted = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.is_file():
         return control_pieces_as_control(read_file(model), str(model))
@@ -241,7 +227,7 @@ def _read_vocabulary(folder: Path) -> bytes:
     )
 
 
-def _has_chat_template(folder: Path) -> bool:
+def has_chat_template(folder: Path) -> bool:
     """Whether there is one. It is never rendered: a template is a program."""
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
@@ -251,7 +237,8 @@ def _has_chat_template(folder: Path) -> bool:
     )
 
 
-def _read_sampling(folder: Path) -> dict[str, float]:
+def read_sampling(folder: Path) -> dict[str, float]:
+    """What the folder's generation_config.json, if there is one, says of sampling."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}

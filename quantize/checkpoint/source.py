@@ -1,9 +1,10 @@
 """What every reader of a checkpoint hands on, whatever the kind of file."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +55,52 @@ class SourceTensor(Protocol):
         """A vector as float32; a norm's as it is applied."""
 
     def grid(self, start: int, stop: int) -> Grid | None:
-        """Rows of a Q4_0 (codes -8 to 7), Q5_0 (-16 to 15), Q8_0 (-128 to 127) or IQ4_NL matrix
-        (codes 0 to 15); None for other types."""
+        """Rows of a Q4_0 (codes -8 to 7), Q5_0 (-16 to 15), Q8_0 or I8 (-128 to 127) or IQ4_NL
+        matrix (codes 0 to 15); None for other types, and where a Grid cannot hold the scales."""
+
+
+FLOATS = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+"""The types that a FloatTensor can have, and numpy's; it has no bfloat16."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FloatTensor:
+    """A SourceTensor of plain numbers in a file of Hugging Face or PyTorch."""
+
+    name: str
+    dtype: str
+    """A key of `FLOATS`."""
+    data: NDArray[np.generic]
+    """Of 2 dimensions (or 1), of the type in `FLOATS`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows as float32, (stop - start, n_in)."""
+        return widen(self.data[start:stop], self.dtype)
+
+    def values(self) -> NDArray[np.float32]:
+        """A norm as it is applied: Gemma multiplies by 1 + w, and these files keep w."""
+        return np.float32(1) + widen(self.data, self.dtype)
+
+    def grid(self, start: int, stop: int) -> Grid | None:
+        """None: these are no blocks."""
+        return None
+
+
+def widen(data: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
+    """Numbers of a type in `FLOATS` as float32."""
+    if dtype == "BF16":
+        # A bfloat16 is the upper half of a float32.
+        wide = np.left_shift(data, 16, dtype=np.uint32)
+        return cast(NDArray[np.float32], wide.view(np.float32))
+    return data.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -74,6 +119,13 @@ class Checkpoint:
     """The checkpoint's own defaults, of temperature, top_k and top_p those that it has."""
     notes: tuple[str, ...]
     """Sentences for the user."""
+    origin: str = ""
+    """Where it came from, if its path's name does not tell."""
+
+    @property
+    def name(self) -> str:
+        """What the model file says that it was made of."""
+        return self.origin or os.fsencode(self.path.absolute().name).decode(errors="replace")
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
