@@ -22,7 +22,7 @@ from quantize.errors import GemmaError
 from quantize.grid import find_grid
 from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS
 from quantize.modelfile import Description, MatrixSpec
-from quantize.recipe import GROUP_SIZES, format_of
+from quantize.recipe import GROUP_SIZES, choose, rules_of
 from quantize.statistics import Calibration
 from quantize.tensors import matrix_shapes, norm_sizes
 
@@ -83,22 +83,24 @@ def _exact_format(tensor: SourceTensor, fmt: str, group_size: int) -> bool:
 def plan(
     source: Checkpoint, bits: int, group_size: int = 32, recipe: str = "default"
 ) -> list[PlannedTensor]:
-    """What every matrix becomes. Raises GemmaError for a matrix that the groups do not fit."""
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size is {group_size}")
+    """What every matrix becomes by a recipe (recipe.rules_of).
+
+    Raises GemmaError for a recipe that cannot be used and a matrix that the groups do not fit.
+    """
+    rules = rules_of(recipe, bits, group_size)
     planned = []
     for name, (n_out, n_in) in matrix_shapes(source.config).items():
-        tensor, fmt = source.tensors[name], format_of(name, bits, recipe)
+        tensor, (_, fmt, size) = source.tensors[name], choose(rules, name)
         grouped = fmt in packing.CODE_FORMATS
-        if grouped and n_in % group_size:
+        if grouped and n_in % size:
             raise GemmaError(
-                f"{source.path} has {n_in} inputs in {name}, which groups of {group_size} do not "
+                f"{source.path} has {n_in} inputs in {name}, which groups of {size} do not "
                 f"divide; choose another --group-size (one of {', '.join(map(str, GROUP_SIZES))})."
             )
-        exact = _exact_format(tensor, fmt, group_size)
+        exact = _exact_format(tensor, fmt, size)
         levels = IQ4_NL_LEVELS if exact and tensor.dtype == "IQ4_NL" else LINEAR_LEVELS
         codebook = levels if fmt == "int4" else None
-        spec = MatrixSpec(fmt, n_out, n_in, group_size if grouped else 0, codebook)
+        spec = MatrixSpec(fmt, n_out, n_in, size if grouped else 0, codebook)
         planned.append(PlannedTensor(name, spec, exact))
     return planned
 
@@ -218,7 +220,7 @@ def quantize(
 ) -> Summary:
     """Converts a checkpoint to a model file at `output`, which appears when it is complete.
 
-    bits: 4, 8, 16 or 32 a weight, as recipe.format_of distributes them by a recipe; method: of
+    bits: 4, 8, 16 or 32 a weight, as a recipe (recipe.rules_of) distributes them; method: of
     METHODS, "gptq" with a calibration that has gathered Gram matrices. Where a matrix lies on a
     4-bit grid already, that is kept whatever the method. The same source and options give the same
     bytes, however many threads there are. Raises GemmaError when `output` exists without `force`,
@@ -235,7 +237,7 @@ def quantize(
         config=source.config,
         chat=source.chat,
         sampling=source.sampling,
-        recipe=f"{recipe}, {bits} bits{groups}{how}",
+        recipe=f"{Path(recipe).stem}, {bits} bits{groups}{how}",
         source=source.name,
         tokenizer_model=source.tokenizer_model,
         matrices={p.name: p.spec for p in planned},

@@ -64,9 +64,10 @@ def quantize(
     recipe: Annotated[
         str,
         typer.Option(
-            callback=options.one_of(*RECIPES),
-            metavar="|".join(RECIPES),
-            help="small: with 4 bits, the embedding takes 4, too, instead of 8.",
+            metavar=f"{'|'.join(RECIPES)}|FILE.toml",
+            help="Which matrices differ from --bits 4: the embedding takes 8 (default), none do "
+            "(small), attention values and feed-forward outputs take 8, too (quality), or as the "
+            "file's table says, for example \\[formats] 'layers.0.*' = 'int8'.",
         ),
     ] = "default",
     method: Annotated[
@@ -132,7 +133,7 @@ def quantize(
     name = demo.NAME if source == "demo" else checkpoint_name(source)
     name = "-".join([name, *(folder.resolve().name for folder in adapter or [])])
     groups = f"-g{group_size}" if group_size != 32 and bits in {4, 8} else ""
-    which = "" if recipe == "default" else f"-{recipe}"
+    which = "" if recipe == "default" else f"-{Path(recipe).stem}"
     if bits == 4 and method != "search":
         which += f"-{method}"
     elif calibrate:
