@@ -23,15 +23,10 @@ def inspect(
 ) -> None:
     """Show a model's architecture, recipe and sizes, and the memory that a context needs."""
     file = loading.open_model(model)
-    from gemma_cli.runtime.kv_cache import KVCache
-    from gemma_cli.runtime.model import CHUNK_SIZE
-
     config = file.config
     loading.check_context(file, context or 1, "--context")
     context = context or min(loading.DEFAULT_CONTEXT, config.context_length)
-    cache_bytes = {
-        kv.value: KVCache(config, context, kv.value, CHUNK_SIZE).nbytes for kv in options.KV
-    }
+    cache_bytes = loading.cache_bytes(config, context)
     n_weights = sum(m.n_out * m.n_in for m in file.matrices.values())
     if json:
         described: dict[str, object] = {

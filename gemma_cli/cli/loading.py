@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from gemma_cli.cli import output
+from gemma_cli.cli.options import KV
 from gemma_cli.models import find_model
 from quantize.errors import GemmaError
 
 if TYPE_CHECKING:
     from gemma_cli.runtime import Model
     from gemma_cli.text.tokenizer import Tokenizer
+    from quantize.config import GemmaConfig
     from quantize.modelfile import ModelFile
 
 DEFAULT_CONTEXT = 4096
@@ -85,6 +87,14 @@ def check_context(file: ModelFile, tokens: int, option: str) -> None:
         raise typer.BadParameter(
             f"{file.path.name} has a context of at most {longest} tokens.", param_hint=option
         )
+
+
+def cache_bytes(config: GemmaConfig, context: int) -> dict[str, int]:
+    """The size of a KV cache for so many tokens, by its format."""
+    from gemma_cli.runtime.kv_cache import KVCache
+    from gemma_cli.runtime.model import CHUNK_SIZE
+
+    return {kv.value: KVCache(config, context, kv.value, CHUNK_SIZE).nbytes for kv in KV}
 
 
 def context_size(file: ModelFile, asked: int | None, needed: int = 0) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_cli import demo
-from gemma_cli.cli import options, output
+from gemma_cli.cli import loading, options, output
 from gemma_cli.models import SUFFIX, models_folder
 from quantize.errors import GemmaError
 from quantize.recipe import FORMAT_OF_BITS, METHODS, RECIPES
@@ -150,7 +150,7 @@ def quantize(
     for text in checkpoint.notes:
         output.note(text)
     if dry_run:
-        print_plan(pipeline.plan(checkpoint, bits, group_size, recipe), path, json)
+        print_plan(checkpoint, pipeline.plan(checkpoint, bits, group_size, recipe), path, json)
         return
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     with output.progress_bar("Quantizing", total, in_bytes=True) as progress:
@@ -195,7 +195,6 @@ def open_source(source: str) -> "Checkpoint":
 
 def calibration_of(checkpoint: "Checkpoint", text: str, method: str) -> "Calibration":
     """The statistics of a text file, or of the text that comes with gemma-cli."""
-    from gemma_cli.cli import loading
     from gemma_cli.measure import calibration
     from gemma_cli.text.tokenizer import Tokenizer
 
@@ -234,7 +233,12 @@ def report(summary: "Summary", json: bool) -> None:
     output.note(f'Next: gemma-cli run -m {shlex.quote(name)} "The capital of France is"')
 
 
-def print_plan(plan: "Sequence[PlannedTensor]", path: Path, json: bool) -> None:
+def print_plan(
+    checkpoint: "Checkpoint", plan: "Sequence[PlannedTensor]", path: Path, json: bool
+) -> None:
+    config = checkpoint.config
+    context = min(loading.DEFAULT_CONTEXT, config.context_length)
+    cache_bytes = loading.cache_bytes(config, context)
     n_bytes = sum(p.spec.nbytes for p in plan)
     bits = 8 * n_bytes / sum(p.spec.n_out * p.spec.n_in for p in plan)
     if json:
@@ -250,7 +254,14 @@ def print_plan(plan: "Sequence[PlannedTensor]", path: Path, json: bool) -> None:
             for p in plan
         ]
         output.write_json(
-            {"output": str(path), "bits_per_weight": bits, "bytes": n_bytes, "tensors": tensors}
+            {
+                "output": str(path),
+                "bits_per_weight": bits,
+                "bytes": n_bytes,
+                "context": context,
+                "cache_bytes": cache_bytes,
+                "tensors": tensors,
+            }
         )
         return
     rows = [
@@ -266,3 +277,5 @@ def print_plan(plan: "Sequence[PlannedTensor]", path: Path, json: bool) -> None:
     ]
     output.write_table([("tensor", "format", "shape", "group", "size", ""), *rows])
     output.write(f"\n{path}: {output.size(n_bytes)}, {bits:.2f} bits a weight (not written)\n")
+    caches = ", ".join(f"{output.size(n)} ({kv})" for kv, n in cache_bytes.items())
+    output.write(f"Memory besides: {caches} for {context} tokens of context\n")
