@@ -5,6 +5,7 @@ the codes are the nearest ones for the scale that is stored.
 """
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 LINEAR_LEVELS = tuple(range(-8, 8))
@@ -16,28 +17,43 @@ IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69
 LARGEST_SCALE = float(np.finfo(np.float16).max)
 
 
-def _grouped(
-    rows: NDArray[np.float32], group_size: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Rows cut into groups, and each group's weight of the largest magnitude, the first of ties."""
-    groups = rows.reshape(len(rows), -1, group_size)
-    # argmax is a good deal faster than max over an axis this short.
-    at = np.abs(groups).argmax(-1, keepdims=True)
-    return groups, np.take_along_axis(groups, at, -1)[..., 0]
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})
+def _find_largest(groups, largest):  # type: ignore[no-untyped-def]
+    """Each group's weight of the largest magnitude, the first of ties; groups: (n, group_size)."""
+    for g in range(len(groups)):
+        most, least = groups[g, 0], groups[g, 0]
+        for w in groups[g]:
+            most, least = max(most, w), min(least, w)
+        magnitude = max(most, -least)
+        largest[g] = most if most > -least else least
+        if most == -least:
+            for w in groups[g]:
+                if abs(w) == magnitude:
+                    largest[g] = w
+                    break
 
 
-def _nearest(
-    groups: NDArray[np.float32], inverse: NDArray[np.float32], lowest: int, highest: int
-) -> NDArray[np.float32]:
-    """Weights in steps of their group's scale, rounded and clipped.
+@njit(nogil=True, cache=True, error_model="numpy")
+def _round(groups, inverse, lowest, highest, first, codes):  # type: ignore[no-untyped-def]
+    """codes = first + the steps of 1 / inverse that a weight is, rounded and clipped.
 
     Ties go up, as in GGML. They matter where the source is a grid itself: in steps of a 4-bit
     scale, every other weight of a Q5_0 block is a tie.
     """
-    steps = groups * inverse[..., None]
-    steps += np.float32(0.5)
-    np.floor(steps, out=steps)
-    return np.clip(steps, lowest, highest, out=steps)
+    for g in range(len(groups)):
+        for j in range(groups.shape[1]):
+            steps = np.floor(groups[g, j] * inverse[g] + np.float32(0.5))
+            codes[g, j] = first + np.int32(min(max(steps, lowest), highest))
+
+
+def _grouped(
+    rows: NDArray[np.float32], group_size: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Groups (n, group_size) of rows, and each group's weight of the largest magnitude."""
+    groups = np.ascontiguousarray(rows).reshape(-1, group_size)
+    largest = np.empty(len(groups), np.float32)
+    _find_largest(groups, largest)
+    return groups, largest
 
 
 def rounded_scales(scales: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
@@ -58,9 +74,9 @@ def round_int4(
     """
     groups, largest = _grouped(rows, group_size)
     scales, inverse = rounded_scales(largest / np.float32(-8))
-    codes = _nearest(groups, inverse, -8, 7)
-    codes += 8
-    return codes.astype(np.uint8).reshape(rows.shape), scales
+    codes = np.empty(rows.shape, np.uint8)
+    _round(groups, inverse, np.float32(-8), np.float32(7), 8, codes.reshape(groups.shape))
+    return codes, scales.reshape(len(rows), -1)
 
 
 def round_int8(
@@ -72,5 +88,6 @@ def round_int8(
     """
     groups, largest = _grouped(rows, group_size)
     scales, inverse = rounded_scales(np.abs(largest / np.float32(127)))
-    codes = _nearest(groups, inverse, -127, 127)
-    return codes.astype(np.int8).reshape(rows.shape), scales
+    codes = np.empty(rows.shape, np.int8)
+    _round(groups, inverse, np.float32(-127), np.float32(127), 0, codes.reshape(groups.shape))
+    return codes, scales.reshape(len(rows), -1)

@@ -267,8 +267,7 @@ def quantize(
             rows = _rows(tensor, p.name, source.path, *rows_at)
             return find_grid(rows, tensor.dtype) is not None
 
-        first = (0, min(packing.TILE_ROWS, p.spec.n_out))
-        return fits(first) and all(pool.map(fits, pieces(p)))
+        return fits((0, 1)) and all(pool.map(fits, pieces(p)))
 
     def rounding_of(p: PlannedTensor) -> Rounding | None:
         spec, tensor = p.spec, source.tensors[p.name]
