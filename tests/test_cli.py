@@ -716,6 +716,60 @@ def test_quantize(cli: Cli, home: Path, tmp_path: Path) -> None:
     assert cli("run", "-m", target, "a", "-n", "1", "--json").json["completion_tokens"] == 1
 
 
+def test_calibration_by_a_text_lowers_the_divergence(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEMMA_CLI_HOME", str(tmp_path))
+    source, text = tmp_path / "gemma3-shards", tmp_path / "text.txt"
+    shutil.copytree(GOLDEN / "gemma3-shards", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+    text.write_text("a man met ten hens in the inn\n" * 300)
+    assert cli("quantize", source, "--bits", "32").status == 0
+    divergence = {}
+    for method, calibrate in (("rtn", None), ("search", None), ("search", text), ("gptq", text)):
+        options = ["--calibrate", calibrate] if calibrate else []
+        result = cli("quantize", source, "--method", method, *options, "--json")
+        assert result.status == 0, result.err
+        measured = cli(
+            "eval", "-m", result.json["output"], "--base", "gemma3-shards-f32", "--text", text,
+            "--chunks", "4", "--json",
+        )  # fmt: skip
+        assert measured.status == 0, measured.err
+        name = Path(str(result.json["output"])).stem
+        divergence[name] = measured.json["kl"]["mean"]  # type: ignore[index]
+    assert list(divergence) == [
+        "gemma3-shards-int4-rtn",
+        "gemma3-shards-int4",
+        "gemma3-shards-int4-calibrated",
+        "gemma3-shards-int4-gptq",
+    ]
+    ranked = sorted(divergence, key=lambda name: divergence[name])
+    assert (ranked[0], ranked[-1]) == ("gemma3-shards-int4-gptq", "gemma3-shards-int4-rtn")
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "reason"),
+    [
+        (["--calibrate", "none.txt"], 1, "none.txt"),
+        (["--calibrate", "empty.txt"], 1, "empty.txt is empty"),
+        (["--calibrate", "default", "--bits", "8"], 2, "--calibrate"),
+        (["--calibrate", "default", "--method", "rtn"], 2, "--calibrate"),
+        (["--method", "best"], 2, "rtn"),
+        (["--recipe", "best"], 1, "best is no recipe"),
+    ],
+)
+def test_calibrations_and_recipes_that_cannot_be(
+    cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    options: list[str], status: int, reason: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    result = cli("quantize", home / "checkpoint", "-o", tmp_path / "a.safetensors", *options)
+    assert (result.status, reason in result.err) == (status, True), result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
 def test_the_default_output_is_named_after_the_source(
     cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,9 +123,9 @@ def quantize(
     from quantize import pipeline
     from quantize.checkpoint.adapter import merge_adapter
 
-    if method == "gptq" or calibrate == "":
+    if method == "gptq":
         calibrate = calibrate or DEFAULT_TEXT
-    if calibrate and (bits != 4 or method == "rtn"):
+    if calibrate is not None and (bits != 4 or method == "rtn"):
         raise typer.BadParameter(
             "A calibration is for --bits 4 with --method search or gptq.", param_hint="--calibrate"
         )
