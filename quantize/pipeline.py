@@ -33,7 +33,7 @@ _PIECE_WEIGHTS = 1 << 18
 _COMPENSATED_ROWS = 512
 """Rows that a thread compensates at a time: each time it reads the whole factor."""
 
-_SAMPLE_WEIGHTS = 1 << 18  # of a matrix, for its codebook
+_SAMPLE_WEIGHTS = 1 << 20  # of a matrix, for its codebook
 
 Rounding = Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[np.float16]]]
 """Rows (n_rows, n_in) to codes and scales."""
@@ -269,6 +269,10 @@ def quantize(
 
         return fits((0, 1)) and all(pool.map(fits, pieces(p)))
 
+    def codebook(p: PlannedTensor, importance: NDArray[np.float32]) -> search.Levels:
+        sample = _sample(source.tensors[p.name], p, source.path)
+        return search.fit_codebook(sample, p.spec.group_size, importance)
+
     def rounding_of(p: PlannedTensor) -> Rounding | None:
         spec, tensor = p.spec, source.tensors[p.name]
         if p.exact or spec.format not in packing.CODE_FORMATS:
@@ -281,8 +285,7 @@ def quantize(
             return partial(grouping.round_int4, group_size=spec.group_size)
         statistics = calibration(p.name) if calibration else None
         importance = statistics.mean_squares if statistics else np.ones(spec.n_in, np.float32)
-        sample = _sample(tensor, p, source.path)
-        levels = search.fit_codebook(sample, spec.group_size, importance)
+        levels = fitted[p.name].result() if p.name in fitted else codebook(p, importance)
         writer.set_codebook(p.name, levels)
         arguments: dict[str, Any] = {
             "group_size": spec.group_size,
@@ -314,6 +317,14 @@ def quantize(
             ThreadPoolExecutor(_N_THREADS) as pool,
             modelfile.create(output, description) as writer,
         ):
+            # Without a calibration, codebooks do not wait for their turn.
+            fits = [p for p in planned if p.spec.format == "int4" and not p.exact]
+            early = method == "search" and not calibration
+            fitted = {
+                p.name: pool.submit(codebook, p, np.ones(p.spec.n_in, np.float32))
+                for p in fits
+                if early
+            }
             for i, name in enumerate(norms):
                 values = source.tensors[name].values()
                 writer.write(name, [_finite(values, name, source.path)])

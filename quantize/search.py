@@ -20,9 +20,13 @@ _LARGEST_LEVEL = 127
 # The group's largest weight is laid on either end of the codebook, stretched by these factors: it
 # may be clipped by a little or leave a little room. Finer steps gained nothing measurable.
 _STRETCHES = np.linspace(0.8, 1.2, 11, dtype=np.float32)
+_FEW_STRETCHES = _STRETCHES[1::2]  # enough to fit a codebook
 
-_SAMPLE = 4096  # groups that a codebook is fitted to
-_ROUNDS = 5  # of Lloyd's algorithm; the levels move by less than one step after these
+_SAMPLE = 16_384
+"""Groups that a codebook is fitted to. With a quarter of them and five rounds, the divergence of
+Gemma 3 270M was 0.138 instead of 0.129."""
+
+_ROUNDS = 8  # of Lloyd's algorithm
 
 Levels = tuple[int, ...]
 
@@ -82,7 +86,11 @@ def _grid(levels: Levels) -> tuple[NDArray[np.float32], tuple[np.float32, ...]]:
 
 
 def search_scales(
-    rows: NDArray[np.float32], group_size: int, levels: Levels, importance: NDArray[np.float32]
+    rows: NDArray[np.float32],
+    group_size: int,
+    levels: Levels,
+    importance: NDArray[np.float32],
+    stretches: NDArray[np.float32] = _STRETCHES,
 ) -> NDArray[np.float16]:
     """The scales (n_rows, n_in / group_size) that lose least; they may be negative.
 
@@ -97,7 +105,7 @@ def search_scales(
     relative = np.maximum(relative, np.float32(1e-4)).reshape(-1, group_size)
     grid, middles = _grid(levels)
     steps = tuple(zip(middles, np.diff(grid), strict=True))
-    _search(groups, relative, (grid[0], grid[-1]), steps, _STRETCHES, scales)
+    _search(groups, relative, (grid[0], grid[-1]), steps, stretches, scales)
     return rounded_scales(scales)[0].reshape(len(rows), -1)
 
 
@@ -114,13 +122,17 @@ def nearest_codes(
 
 
 def round_searched(
-    rows: NDArray[np.float32], group_size: int, levels: Levels, importance: NDArray[np.float32]
+    rows: NDArray[np.float32],
+    group_size: int,
+    levels: Levels,
+    importance: NDArray[np.float32],
+    stretches: NDArray[np.float32] = _STRETCHES,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """Rounds to the levels of a codebook with searched scales.
 
     rows: (n_rows, n_in) -> codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
-    scales = search_scales(rows, group_size, levels, importance)
+    scales = search_scales(rows, group_size, levels, importance, stretches)
     groups = np.ascontiguousarray(rows).reshape(-1, group_size)
     return nearest_codes(groups, scales.ravel(), levels).reshape(rows.shape), scales
 
@@ -147,7 +159,9 @@ def fit_codebook(
     groups = groups[::step]
     levels: Levels = IQ4_NL_LEVELS
     for _ in range(_ROUNDS):
-        codes, scales = round_searched(groups.reshape(1, -1), group_size, levels, weighed)
+        codes, scales = round_searched(
+            groups.reshape(1, -1), group_size, levels, weighed, _FEW_STRETCHES
+        )
         scale = scales.astype(np.float64).reshape(-1, 1)
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
         mass = (weighed.reshape(groups.shape) * scale**2).ravel()
@@ -157,7 +171,10 @@ def fit_codebook(
         largest = np.abs(centres).max()
         if largest == 0:
             return LINEAR_LEVELS
+        before = levels
         levels = tuple(int(x) for x in np.rint(np.sort(centres) * (_LARGEST_LEVEL / largest)))
+        if levels == before:
+            break
     better = _weighted_error(groups, levels, weighed) < _weighted_error(
         groups, LINEAR_LEVELS, weighed
     )
