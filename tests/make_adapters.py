@@ -1,4 +1,4 @@
-"""Make `tests/golden/adapters/`: LoRA adapters as PEFT saves them, and what PEFT merges.
+"""Make `tests/written/adapters/`: LoRA adapters as PEFT saves them, and what PEFT merges.
 
 Not a test. It needs torch, transformers and peft; the tests that read what it leaves do not:
 
@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
+WRITTEN = Path(__file__).parent / "written"
 BASE = GOLDEN / "gemma3-shards"
 PLAIN = LoraConfig(
     r=4,
@@ -40,14 +41,14 @@ def save(config: LoraConfig, name: str, dtype: torch.dtype) -> None:
         if "lora_" in key:
             spread = weight.shape[1] ** -0.5
             weight.data = (torch.randn(weight.shape, generator=noise) * spread).to(dtype)
-    folder = GOLDEN / "adapters" / name
+    folder = WRITTEN / "adapters" / name
     config.base_model_name_or_path = BASE.name
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
 
 
 def main() -> None:
-    folder = GOLDEN / "adapters"
+    folder = WRITTEN / "adapters"
     shutil.rmtree(folder, ignore_errors=True)
     save(PLAIN, "plain", torch.float32)
     save(RSLORA, "rslora", torch.bfloat16)

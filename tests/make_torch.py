@@ -1,4 +1,4 @@
-"""Make `tests/golden/torch/`: the golden checkpoints again, as PyTorch itself writes them.
+"""Make `tests/written/torch/`: the golden checkpoints again, as PyTorch itself writes them.
 
 Not a test. It needs torch; the tests that read what it leaves do not:
 
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
+WRITTEN = Path(__file__).parent / "written"
 RENAMED = {
     "model.embed_tokens": "embedder",
     "q_norm": "query_norm",
@@ -65,7 +66,7 @@ def rounded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    out = GOLDEN / "torch"
+    out = WRITTEN / "torch"
     shutil.rmtree(out, ignore_errors=True)
     (out / "shards").mkdir(parents=True)
     state = gemma_pytorch(GOLDEN / "gemma-mqa")

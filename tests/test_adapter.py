@@ -18,7 +18,8 @@ from quantize.modelfile import ModelFile
 from quantize.pipeline import plan, quantize
 
 GOLDEN = Path(__file__).parent / "golden"
-ADAPTERS = GOLDEN / "adapters"
+WRITTEN = Path(__file__).parent / "written"
+ADAPTERS = WRITTEN / "adapters"
 MERGED = np.load(ADAPTERS / "merged.npz")
 CONFIG = tiny("gemma3")
 WEIGHTS = random_weights(CONFIG)

@@ -1,6 +1,6 @@
 """PyTorch checkpoints: what is read from them, and that nothing hostile is run or gets through.
 
-The files in golden/torch were written by torch.save (make_torch.py); the others by torch_files.py.
+The files in written/torch were written by torch.save (make_torch.py); the others by torch_files.py.
 """
 
 import contextlib
@@ -56,17 +56,18 @@ from quantize.pipeline import plan, quantize
 from quantize.tensors import tensor_shapes
 
 GOLDEN = Path(__file__).parent / "golden"
+WRITTEN = Path(__file__).parent / "written"
 GEMMA = tiny("gemma")
 WEIGHTS = random_weights(GEMMA)
 TENSORS = gemma_pytorch_tensors(GEMMA, WEIGHTS)
 
 
 def golden(tmp_path: Path, source: str, *files: str, drop: tuple[str, ...] = ()) -> Path:
-    """A Kaggle folder: some of golden/torch, with the tokenizer and config of another golden."""
+    """A Kaggle folder: some of written/torch, with the tokenizer and config of another golden."""
     folder = tmp_path / "kaggle"
     folder.mkdir()
     for file in files:
-        shutil.copy(GOLDEN / "torch" / file, folder)
+        shutil.copy(WRITTEN / "torch" / file, folder)
     shutil.copy(GOLDEN / source / "tokenizer.model", folder)
     config = json.loads((GOLDEN / source / "config.json").read_text())
     for key in drop:
@@ -98,7 +99,7 @@ def test_a_ckpt_gives_what_the_hugging_face_folder_gives(tmp_path: Path, bits: i
 
 
 def test_shards_with_an_index(tmp_path: Path) -> None:
-    shards = sorted(path.name for path in (GOLDEN / "torch" / "shards").iterdir())
+    shards = sorted(path.name for path in (WRITTEN / "torch" / "shards").iterdir())
     folder = golden(tmp_path, "gemma3-shards", *(f"shards/{name}" for name in shards))
     from_bin, from_hf = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     quantize(open_checkpoint(folder), from_bin, bits=16)

@@ -28,6 +28,7 @@ from quantize.modelfile import ModelFile
 from quantize.pipeline import quantize
 
 GOLDEN = Path(__file__).parent / "golden"
+WRITTEN = Path(__file__).parent / "written"
 CONTEXT = 50_000
 COMMANDS = ("quantize", "run", "chat", "map", "bench", "eval", "inspect", "tokenize", "models")
 
@@ -778,12 +779,12 @@ def test_the_default_output_is_named_after_the_source(
     shutil.copytree(home / "checkpoint", folder)
     assert cli("quantize", folder).status == 0
     assert cli("quantize", f"{folder}/", "--bits", "16", "--group-size", "64").status == 0
-    adapters = [GOLDEN / "adapters" / name for name in ("plain", "rslora")]
+    adapters = [WRITTEN / "adapters" / name for name in ("plain", "rslora")]
     with_adapters = cli("quantize", folder, "--adapter", adapters[0], "--adapter", adapters[1])
     assert with_adapters.status == 0, with_adapters.err
     kaggle = tmp_path / "gemma-2b-it" / "3"
     kaggle.mkdir(parents=True)
-    shutil.copy(GOLDEN / "torch" / "gemma-2b-it.ckpt", kaggle / "model.ckpt")
+    shutil.copy(WRITTEN / "torch" / "gemma-2b-it.ckpt", kaggle / "model.ckpt")
     for file in ("config.json", "tokenizer.model"):
         shutil.copy(GOLDEN / "gemma-mqa" / file, kaggle)
     assert cli("quantize", kaggle).status == 0
