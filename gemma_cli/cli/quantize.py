@@ -217,12 +217,22 @@ def existing(path: Path) -> "Summary":
     output.note(f"{path} is there already; --force makes it again.")
     with open(path, "rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    return Summary(path, file.bits_per_weight, file.size, sha256, seconds=0.0, peak_rss_mb=0.0)
+    return Summary(
+        path,
+        file.bits_per_weight,
+        file.size,
+        sha256,
+        seconds=0.0,
+        peak_rss_mb=0.0,
+        verification=file.verification,
+    )
 
 
 def report(summary: "Summary", json: bool) -> None:
     if json:
-        output.write_json(asdict(summary) | {"output": str(summary.output)})
+        described = asdict(summary) | {"output": str(summary.output)}
+        del described["verification"]
+        output.write_json(described)
         return
     output.write(
         f"{summary.output}: {output.size(summary.bytes)}, "
