@@ -133,9 +133,10 @@ class Verification:
     errors: Mapping[str, TensorError]
     """By the name of the matrix, each one's."""
 
-    def worst(self) -> list[str]:
-        """The matrices, from the largest weighted error to the smallest."""
-        return sorted(self.errors, key=lambda name: self.errors[name].weighted, reverse=True)
+    def worst(self, n: int) -> dict[str, TensorError]:
+        """The n matrices of the largest weighted errors, the largest first; none that is exact."""
+        inexact = [(name, error) for name, error in self.errors.items() if error.plain > 0]
+        return dict(sorted(inexact, key=lambda item: item[1].weighted, reverse=True)[:n])
 
     def to_json(self) -> str:
         """All fields in their order, as one line of JSON."""

@@ -692,6 +692,10 @@ def test_eval_agrees_with_the_reference(cli: Cli, tmp_path: Path) -> None:
     result = cli(*args, "--base", "chat").json
     assert result["same_top"] == 1.0
     assert result["kl"]["max"] == 0.0  # type: ignore[index]
+    assert set(result) == {"tokens", "perplexity", "perplexity_stderr", "kl", "same_top"}
+    assert set(result["kl"]) == {"mean", "stderr", "median", "p90", "p99", "max"}  # type: ignore[call-overload]
+    shown = cli(*args[:-1], "--base", "chat").out
+    assert "99.9% 0.000000" in shown
 
 
 def test_quantize(cli: Cli, home: Path, tmp_path: Path) -> None:
@@ -768,6 +772,48 @@ def test_calibrations_and_recipes_that_cannot_be(
     result = cli("quantize", home / "checkpoint", "-o", tmp_path / "a.safetensors", *options)
     assert (result.status, reason in result.err) == (status, True), result.err
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_quantize_verifies(cli: Cli, home: Path, tmp_path: Path) -> None:
+    source, target = home / "checkpoint", tmp_path / "model.safetensors"
+    result = cli("quantize", source, "-o", target, "--verify", "--json")
+    assert (result.status, result.err) == (0, "")
+    assert list(result.json)[-1] == "verification"
+    lost = result.json["verification"]
+    assert isinstance(lost, dict)
+    assert len(lost["worst"]) == 10
+    assert 0 < lost["kl"]["stderr"] < lost["kl"]["mean"]
+
+    described = cli("inspect", "-m", target, "--json", "--tensors").json
+    assert described["verification"] == lost
+    tensors = described["tensors"]
+    assert isinstance(tensors, dict)
+    for worst in lost["worst"]:
+        assert {key: tensors[worst["name"]][key] for key in ("error", "weighted_error")} == {
+            key: worst[key] for key in ("error", "weighted_error")
+        }
+    shown = cli("inspect", "-m", target).out
+    printed = cli("quantize", source, "-o", target, "--verify", "--force").out
+    for text in (shown, printed):
+        assert f"{lost['kl']['mean']:.4g}" in text
+        assert all(worst["name"] in text for worst in lost["worst"])
+    assert cli("inspect", "-m", "base", "--json").json["verification"] is None
+    # The same file, but for what it says of itself.
+    plain = tmp_path / "plain.safetensors"
+    assert cli("quantize", source, "-o", plain).status == 0
+    assert ModelFile.open(plain).sha256 == ModelFile.open(target).sha256
+
+
+def test_ctrl_c_while_verifying_leaves_no_file(
+    cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemma_cli.measure.verification.measure_quality", interrupt)
+    target = tmp_path / "models" / "model.safetensors"
+    assert cli("quantize", home / "checkpoint", "-o", target, "--verify").status == 130
+    assert not list(target.parent.iterdir())
 
 
 def test_the_default_output_is_named_after_the_source(

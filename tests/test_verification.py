@@ -7,10 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 from checkpoints import random_weights, tiny, write_hf
 from numpy.typing import NDArray
 from twins import dequantized
 
+from gemma_cli.measure import calibration as calibration_module
+from gemma_cli.measure.calibration import Calibration, logits
+from gemma_cli.measure.quality import CHUNK, measure_quality, rows_of
+from gemma_cli.measure.verification import n_steps, verify
+from gemma_cli.runtime import Model
 from quantize import pipeline
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.errors import GemmaError
@@ -107,8 +113,11 @@ def test_a_verification_is_kept_in_the_file(source: Checkpoint, tmp_path: Path) 
 
 
 def test_the_worst_come_first() -> None:
-    errors = {name: TensorError(0.5, float(i)) for i, name in enumerate(SHAPES)}
-    assert replace(longest(), errors=errors).worst() == list(SHAPES)[::-1]
+    errors = {name: TensorError(0.5 + i % 2, float(i)) for i, name in enumerate(SHAPES)}
+    errors["layers.1.ffn_down"] = TensorError(0.0, 0.0)
+    worst = replace(longest(), errors=errors).worst(5)
+    names = [name for name in reversed(SHAPES) if name != "layers.1.ffn_down"]
+    assert list(worst.items()) == [(name, errors[name]) for name in names[:5]]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), GemmaError("It failed."), ValueError()])
@@ -160,3 +169,63 @@ def test_a_damaged_verification_is_refused(change: dict[str, object]) -> None:
     text = json.dumps(json.loads(longest().to_json()) | change)
     with pytest.raises(GemmaError, match="a checkpoint"):
         Verification.from_json(text, list(SHAPES), "a checkpoint")
+
+
+# Against the checkpoint itself
+
+
+@pytest.mark.parametrize("generation", ["gemma", "gemma2", "gemma3"])
+def test_the_divergence_is_that_from_the_checkpoint(generation: str, tmp_path: Path) -> None:
+    config = tiny(generation)
+    weights = random_weights(config)
+    weights["embed"] *= 0.25  # softer predictions, as a Gemma's are
+    source = open_checkpoint(write_hf(tmp_path / "c", config, weights, "F32"))
+    rng = np.random.default_rng(6)
+    text = [rng.integers(4, config.vocab_size, CHUNK, dtype=np.int32) for _ in range(2)]
+    pipeline.quantize(source, tmp_path / "base", bits=32)
+    base = Model(ModelFile.open(tmp_path / "base"))
+    pipeline.quantize(source, tmp_path / "a", bits=4, method="rtn")
+    model = Model(ModelFile.open(tmp_path / "a"))
+    done: list[int] = []
+    found = verify(source, model, text, done.append)
+    assert done == list(range(1, n_steps(source, text) + 1))
+
+    expected = measure_quality(model, text, rows_of(base, text))
+    assert found.tokens == expected.tokens == 2 * 255
+    assert expected.kl is not None
+    assert expected.kl.mean > 1e-3
+    # The base rounds keys and values to float16, the checkpoint does not; four digits are kept.
+    assert found.kl == pytest.approx(expected.kl.mean, rel=1e-2)
+    assert found.kl_stderr == pytest.approx(expected.kl.stderr, rel=1e-2)
+    assert found.same_top == pytest.approx(expected.same_top, abs=2 / 510)
+    assert verify(source, base, text).kl < 1e-3 * found.kl
+
+    calibration = Calibration(source, text, gram=False)
+    seen = {name: calibration(name).mean_squares for name in matrix_shapes(config)}
+    for name, error in tensor_errors(source, model.file, seen).items():
+        assert found.errors[name] == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("generation", ["gemma2", "gemma3"])
+def test_logits_are_those_of_the_reference(
+    generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(generation)
+    source = open_checkpoint(write_hf(tmp_path / "c", config, random_weights(config)))
+    ids = np.random.default_rng(2).integers(0, config.vocab_size, 21, dtype=np.int32)
+    monkeypatch.setattr(calibration_module, "_HEAD_LOGITS", 5 * config.vocab_size)
+    monkeypatch.setattr(calibration_module, "_HEAD_WEIGHTS", 100 * config.hidden_size)
+    calibration = Calibration(source, [ids[:4], ids], gram=False)
+    calibration("embed")
+    found = [row.copy() for row in logits(source, calibration.stream[1])]
+    expected = reference.forward(config, reference.read_weights(source), ids)
+    # Both work in float32, in another order: a few roundings a layer.
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_numbers_that_overflow_are_said(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG)
+    weights["embed"] *= np.float32(1e37)
+    source = open_checkpoint(write_hf(tmp_path / "c", CONFIG, weights, "F32"))
+    with pytest.raises(GemmaError, match="overflow"):
+        list(logits(source, np.full((1, CONFIG.hidden_size), 1e3, np.float32)))

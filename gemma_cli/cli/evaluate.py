@@ -1,13 +1,15 @@
 """gemma-cli eval: how good a model is, and what quantizing it has cost."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_cli.cli import loading, options, output
 from quantize.errors import GemmaError
+
+if TYPE_CHECKING:
+    from gemma_cli.measure.quality import Quality
 
 
 def evaluate(
@@ -53,19 +55,38 @@ def evaluate(
             f"{text} is too short: one chunk takes {quality.CHUNK} tokens; give a longer text."
         )
     with output.progress_bar("Chunks", len(cut)) as progress:
-        result = quality.measure_quality(loaded.model, cut, reference, progress)
+        references = quality.rows_of(reference, cut) if reference else None
+        result = quality.measure_quality(loaded.model, cut, references, progress)
     if json:
-        output.write_json({name: v for name, v in asdict(result).items() if v is not None})
+        output.write_json(described(result))
         return
     rows = [
         ("tokens", f"{result.tokens} in {len(cut)} chunks"),
         ("perplexity", f"{result.perplexity:.4f} ± {result.perplexity_stderr:.4f}"),
     ]
-    if result.kl and result.same_top is not None:
-        kl = result.kl
+    if kl := result.kl:
         rows += [
             ("divergence", f"{kl.mean:.6f} ± {kl.stderr:.6f} nats"),
-            ("", f"median {kl.median:.6f}, 90% {kl.p90:.6f}, 99% {kl.p99:.6f}, max {kl.max:.6f}"),
-            ("same top", f"{result.same_top:.2%}"),
+            ("", f"median {kl.median:.6f}, 90% {kl.p90:.6f}, 95% {kl.p95:.6f}"),
+            ("", f"99% {kl.p99:.6f}, 99.9% {kl.p999:.6f}, max {kl.max:.6f}"),
+            ("same top", f"{result.same_top:.2%} ± {result.same_top_stderr:.2%}"),
+            (
+                "top's change",
+                f"{result.top_change:.2%} ± {result.top_change_stderr:.2%} of probability, RMS",
+            ),
         ]
     output.write_table(rows)
+
+
+def described(result: "Quality") -> dict[str, object]:
+    """A result as --json shows it."""
+    fields: dict[str, object] = {
+        "tokens": result.tokens,
+        "perplexity": result.perplexity,
+        "perplexity_stderr": result.perplexity_stderr,
+    }
+    if kl := result.kl:
+        shown = ("mean", "stderr", "median", "p90", "p99", "max")
+        fields["kl"] = {name: getattr(kl, name) for name in shown}
+        fields["same_top"] = result.same_top
+    return fields

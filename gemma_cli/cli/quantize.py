@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_cli import demo
-from gemma_cli.cli import loading, options, output
+from gemma_cli.cli import inspect, loading, options, output
 from gemma_cli.models import SUFFIX, models_folder
 from quantize.errors import GemmaError
 from quantize.recipe import FORMAT_OF_BITS, METHODS, RECIPES
 
 if TYPE_CHECKING:
     from quantize.checkpoint import Checkpoint
+    from quantize.modelfile import ModelFile, Verification
     from quantize.pipeline import PlannedTensor, Summary
     from quantize.statistics import Calibration
 
@@ -97,6 +98,14 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare the file with the checkpoint in float32, each matrix and what the model "
+            "predicts; the result is kept in the file, and inspect shows it.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
@@ -118,7 +127,7 @@ def quantize(
 
     gemma-cli quantize gemma-2-2b-it.gguf --bits 8 -o gemma-2.safetensors
 
-    gemma-cli quantize ~/gemma-3-1b-it --method gptq --calibrate my-texts.txt
+    gemma-cli quantize ~/gemma-3-1b-it --method gptq --calibrate my-texts.txt --verify
     """
     from quantize import pipeline
     from quantize.checkpoint.adapter import merge_adapter
@@ -162,6 +171,7 @@ def quantize(
             recipe=recipe,
             method=method,
             calibration=calibration_of(checkpoint, calibrate, method) if calibrate else None,
+            verify=verification_of(checkpoint) if verify else None,
             force=force,
             progress=lambda p: progress(p.bytes_done, f"{p.tensors_done}/{p.tensors}"),
         )
@@ -203,9 +213,26 @@ def calibration_of(checkpoint: "Checkpoint", text: str, method: str) -> "Calibra
         calibration.default_text() if text == DEFAULT_TEXT else loading.read_files([Path(text)])[0]
     )
     sequences = calibration.sequences(tokenizer.encode(content), tokenizer.bos_id)
+    if text == DEFAULT_TEXT:
+        sequences, _ = calibration.split(sequences)
     if not sequences:
         raise GemmaError(f"{text} is empty: give a text to calibrate with.")
     return calibration.Calibration(checkpoint, sequences, gram=method == "gptq")
+
+
+def verification_of(checkpoint: "Checkpoint") -> "Callable[[ModelFile], Verification]":
+    """What compares a file that was made of a checkpoint with it."""
+    from gemma_cli.measure import verification
+
+    text = verification.held_out_text(checkpoint)
+
+    def verify(file: "ModelFile") -> "Verification":
+        model = loading.load_model(file, None)
+        n_steps = verification.n_steps(checkpoint, text)
+        with output.progress_bar("Verifying", n_steps) as progress:
+            return verification.verify(checkpoint, model, text, progress)
+
+    return verify
 
 
 def existing(path: Path) -> "Summary":
@@ -231,13 +258,18 @@ def existing(path: Path) -> "Summary":
 def report(summary: "Summary", json: bool) -> None:
     if json:
         described = asdict(summary) | {"output": str(summary.output)}
-        del described["verification"]
+        if summary.verification:
+            described["verification"] = inspect.described(summary.verification)
+        else:
+            del described["verification"]
         output.write_json(described)
         return
     output.write(
         f"{summary.output}: {output.size(summary.bytes)}, "
         f"{summary.bits_per_weight:.2f} bits a weight\n"
     )
+    if summary.verification:
+        inspect.show_verification(summary.verification)
     in_folder = summary.output.parent == models_folder()
     name = summary.output.stem if in_folder else str(summary.output)
     output.note(f'Next: gemma-cli run -m {shlex.quote(name)} "The capital of France is"')
