@@ -106,6 +106,16 @@ def quantize(
             "predicts; the result is kept in the file, and inspect shows it.",
         ),
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            callback=options.check_plot,
+            metavar="FILE.png|svg",
+            help="With --verify: draw the error of each kind of matrix over the layers "
+            "(pip install 'gemma-cli\\[plot]').",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
@@ -134,6 +144,8 @@ def quantize(
 
     if method == "gptq":
         calibrate = calibrate or DEFAULT_TEXT
+    if plot and not verify:
+        raise typer.BadParameter("A plot shows what --verify finds; add it.", param_hint="--plot")
     if calibrate is not None and (bits != 4 or method == "rtn"):
         raise typer.BadParameter(
             "A calibration is for --bits 4 with --method search or gptq.", param_hint="--calibrate"
@@ -175,6 +187,11 @@ def quantize(
             force=force,
             progress=lambda p: progress(p.bytes_done, f"{p.tensors_done}/{p.tensors}"),
         )
+    if plot and summary.verification:
+        from gemma_cli.measure import plots
+
+        title = f"{checkpoint.name}, {summary.bits_per_weight:.2f} bits a weight"
+        plots.plot_errors(plot, title, summary.verification.errors)
     report(summary, json)
 
 
