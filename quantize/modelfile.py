@@ -25,6 +25,7 @@ Tensors
                      codebook is the 16 int8 levels of an int4 matrix, else null; group_size is 0
                      for bf16 and f32
     sha256           JSON, {tensor name: hexadecimal SHA-256 of its bytes}
+    verification     JSON, a Verification, or "" if the file was not compared with its source
 
 Names of tensors are those of quantize.tensors. Weight matrices are read in the order in which
 a token meets them, and so they lie, with the embedding, which is also the output head, last.
@@ -34,19 +35,20 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, TypedDict, cast
+from typing import BinaryIO, NamedTuple, Self, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantize import packing
 from quantize.checkpoint.source import map_file, sampling_defaults
-from quantize.config import Fields, GemmaConfig, parse_json_object
+from quantize.config import MAX_INTEGER, Fields, GemmaConfig, parse_json_object
 from quantize.errors import GemmaError
 from quantize.recipe import GROUP_SIZES
 from quantize.tensors import matrix_shapes, norm_sizes
@@ -108,6 +110,69 @@ class Description:
         return 8 * sum(m.nbytes for m in self.matrices.values()) / weights
 
 
+class TensorError(NamedTuple):
+    """How far a matrix's weights q are from the source's w."""
+
+    plain: float
+    """sqrt(sum (w - q)^2 / sum w^2)"""
+    weighted: float
+    """The same, each square times the mean square of the input that the weight is multiplied by."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a model file lost against its source in float32, on a text."""
+
+    tokens: int
+    """Predictions compared."""
+    kl: float
+    """Mean Kullback-Leibler divergence from the source over the whole vocabulary, in nats."""
+    kl_stderr: float
+    same_top: float
+    """Share of predictions where both rank the same token first."""
+    errors: Mapping[str, TensorError]
+    """By the name of the matrix, each one's."""
+
+    def worst(self, n: int) -> dict[str, TensorError]:
+        """The n matrices of the largest weighted errors, the largest first; none that is exact."""
+        inexact = [(name, error) for name, error in self.errors.items() if error.plain > 0]
+        return dict(sorted(inexact, key=lambda item: item[1].weighted, reverse=True)[:n])
+
+    def to_json(self) -> str:
+        """All fields in their order, as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str, names: Iterable[str], where: str) -> Self:
+        """What `to_json` wrote, for matrices of these names. Raises GemmaError otherwise."""
+        fields = Fields(parse_json_object(text, where), where)
+        errors = fields.mapping("errors")
+        if errors.values.keys() != set(names):
+            raise fields.wrong("errors", "a list of all matrices")
+        return cls(
+            tokens=fields.integer("tokens"),
+            kl=fields.number("kl"),
+            kl_stderr=fields.number("kl_stderr"),
+            same_top=fields.number("same_top"),
+            errors={name: _read_error(errors, name) for name in names},
+        )
+
+
+def _read_error(errors: Fields, name: str) -> TensorError:
+    values = errors.array(name)
+    if len(values) != 2:
+        raise errors.wrong(name, "a pair of numbers")
+    pair = Fields(dict(zip(TensorError._fields, values, strict=True)), f"{errors.where}, {name}")
+    return TensorError(pair.number("plain"), pair.number("weighted"))
+
+
+def _widest_verification(names: Iterable[str]) -> Verification:
+    """One whose JSON is as long as any can be."""
+    longest = sys.float_info.min  # 2.2250738585072014e-308: no positive number takes more digits
+    error = TensorError(longest, longest)
+    return Verification(MAX_INTEGER, longest, longest, longest, dict.fromkeys(names, error))
+
+
 def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
@@ -142,10 +207,13 @@ def _layout(
 class Writer:
     """Writes a model file, tensor by tensor, in the order of the layout.
 
-    An int4 matrix's codebook may be given by `set_codebook` up to the end: the header keeps room.
+    An int4 matrix's codebook may be given by `set_codebook` up to the end, and so may what was lost
+    by `set_verification`, if the file is `to_be_verified`: the header keeps room.
     """
 
-    def __init__(self, file: BinaryIO, description: Description) -> None:
+    def __init__(
+        self, file: BinaryIO, description: Description, *, to_be_verified: bool = False
+    ) -> None:
         self._file = file
         self._digests: dict[str, str] = {}
         self._metadata = {
@@ -159,6 +227,7 @@ class Writer:
             "tokenizer_bytes": str(len(description.tokenizer_model)),
         }
         self._matrices = dict(description.matrices)
+        self._verification = ""
         self._layout = _layout(
             description.config, len(description.tokenizer_model), description.matrices
         )
@@ -167,18 +236,20 @@ class Writer:
             name: replace(m, codebook=m.codebook and (-128,) * 16)
             for name, m in self._matrices.items()
         }
-        header = self._header(widest)
+        verification = _widest_verification(widest).to_json() if to_be_verified else ""
+        header = self._header(widest, verification)
         header += b" " * (_aligned(8 + len(header)) - 8 - len(header))
         self._header_bytes = len(header)
         self._write_header(header)
         self.write("tokenizer", [np.frombuffer(description.tokenizer_model, np.uint8)])
 
-    def _header(self, matrices: Mapping[str, MatrixSpec]) -> bytes:
+    def _header(self, matrices: Mapping[str, MatrixSpec], verification: str) -> bytes:
         # A checksum has the same length before it is known.
         digests = {name: self._digests.get(name, "0" * 64) for name in self._layout}
         metadata = self._metadata | {
             "matrices": json.dumps({name: asdict(m) for name, m in matrices.items()}),
             "sha256": json.dumps(digests),
+            "verification": verification,
         }
         header = {"__metadata__": metadata} | self._layout
         return json.dumps(header, separators=(",", ":")).encode()
@@ -190,6 +261,10 @@ class Writer:
     def set_codebook(self, name: str, levels: tuple[int, ...]) -> None:
         """The 16 levels that an int4 matrix turned out to have."""
         self._matrices[name] = replace(self._matrices[name], codebook=levels)
+
+    def set_verification(self, verification: Verification) -> None:
+        """What was lost, as it turned out."""
+        self._verification = verification.to_json()
 
     def write(self, name: str, parts: Iterable[NDArray[np.generic]]) -> None:
         """Writes the next tensor, given in parts that follow each other, and fills it up."""
@@ -209,11 +284,18 @@ class Writer:
         self._digests[name] = digest.hexdigest()
 
     def finish(self) -> None:
-        """Fills in codebooks and checksums: if every tensor was written, all is complete then."""
+        """Fills in codebooks, checksums and verification: the file can be opened then.
+
+        Raises ValueError if a tensor was not written.
+        """
         if self._pending:
             raise ValueError(f"{self._pending[0]} was not written")
+        header = self._header(self._matrices, self._verification)
+        if len(header) > self._header_bytes:
+            raise ValueError("the header was not given enough room")
         self._file.seek(0)
-        self._write_header(self._header(self._matrices))
+        self._write_header(header)
+        self._file.flush()
 
 
 def partial_path(path: Path) -> Path:
@@ -222,7 +304,9 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def create(path: Path, description: Description) -> Iterator[Writer]:
+def create(
+    path: Path, description: Description, *, to_be_verified: bool = False
+) -> Iterator[Writer]:
     """A Writer whose file appears at `path` when the block ends well, and not at all otherwise.
 
     The bytes go to `partial_path(path)`, are forced to the disk, and the file is then renamed.
@@ -232,10 +316,9 @@ def create(path: Path, description: Description) -> Iterator[Writer]:
     partial.unlink(missing_ok=True)  # Opening it could write through a link.
     try:
         with open(partial, "xb") as file:
-            writer = Writer(file, description)
+            writer = Writer(file, description, to_be_verified=to_be_verified)
             yield writer
             writer.finish()
-            file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(path.parent)
@@ -261,7 +344,7 @@ class ModelFile(Description):
     """An open model file: every tensor a read-only view of the mapping.
 
     matrices: MatrixSpec by name; tiles: uint8 (n_tiles, tile bytes) by name; vectors: the norms,
-    float32, by name.
+    float32, by name; verification: None if the file was not compared with its source.
     """
 
     path: Path
@@ -269,6 +352,7 @@ class ModelFile(Description):
     tiles: Mapping[str, NDArray[np.uint8]]
     vectors: Mapping[str, NDArray[np.float32]]
     sha256: Mapping[str, str]
+    verification: Verification | None
 
     @classmethod
     def open(cls, path: Path) -> "ModelFile":
@@ -323,6 +407,8 @@ class ModelFile(Description):
                 f"it has {mapped.size} bytes, its tensors lie at {data_start} to {data_start + end}"
             )
 
+        lost = texts.get("verification", "")
+
         def view(name: str) -> NDArray[np.uint8]:
             start, stop = layout[name]["data_offsets"]
             return mapped[data_start + start : data_start + stop]
@@ -341,6 +427,11 @@ class ModelFile(Description):
             tiles={n: view(n).reshape(packing.n_tiles(m.n_out), -1) for n, m in matrices.items()},
             vectors={n: view(n).view(np.float32)[:size] for n, size in norm_sizes(config).items()},
             sha256=cast(dict[str, str], sha256),
+            verification=(
+                Verification.from_json(lost, matrices, f"The verification of {path}")
+                if lost
+                else None
+            ),
         )
 
 

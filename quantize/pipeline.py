@@ -21,7 +21,7 @@ from quantize.checkpoint import Checkpoint, SourceTensor
 from quantize.errors import GemmaError
 from quantize.grid import find_grid
 from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS
-from quantize.modelfile import Description, MatrixSpec
+from quantize.modelfile import Description, MatrixSpec, ModelFile, Verification
 from quantize.recipe import GROUP_SIZES, choose, rules_of
 from quantize.statistics import Calibration
 from quantize.tensors import matrix_shapes, norm_sizes
@@ -60,6 +60,7 @@ class Summary:
     sha256: str
     seconds: float
     peak_rss_mb: float
+    verification: Verification | None
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _check_output(output: Path, source: Checkpoint, force: bool) -> None:
 
 def _is_model_file(path: Path) -> bool:
     try:
-        modelfile.ModelFile.open(path)
+        ModelFile.open(path)
     except GemmaError:
         return False
     return True
@@ -215,6 +216,7 @@ def quantize(
     recipe: str = "default",
     method: str = "search",
     calibration: Calibration | None = None,
+    verify: Callable[[ModelFile], Verification] | None = None,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
@@ -222,9 +224,10 @@ def quantize(
 
     bits: 4, 8, 16 or 32 a weight, as a recipe (recipe.rules_of) distributes them; method: of
     METHODS, "gptq" with a calibration that has gathered Gram matrices. Where a matrix lies on a
-    4-bit grid already, that is kept whatever the method. The same source and options give the same
-    bytes, however many threads there are. Raises GemmaError when `output` exists without `force`,
-    when it is (beside) the source, or when a weight is not finite.
+    4-bit grid already, that is kept whatever the method. `verify` is given the file with all
+    tensors in place, and what it says was lost is kept there. The same source and options give the
+    same bytes, however many threads there are. Raises GemmaError when `output` exists without
+    `force`, when it is (beside) the source, or when a weight is not finite.
     """
     started = time.perf_counter()
     planned = plan(source, bits, group_size, recipe)
@@ -315,7 +318,7 @@ def quantize(
             # threads would depend on their number.
             threadpool_limits(1, "blas"),
             ThreadPoolExecutor(_N_THREADS) as pool,
-            modelfile.create(output, description) as writer,
+            modelfile.create(output, description, to_be_verified=verify is not None) as writer,
         ):
             # Without a calibration, codebooks do not wait for their turn.
             fits = [p for p in planned if p.spec.format == "int4" and not p.exact]
@@ -332,6 +335,11 @@ def quantize(
             for i, p in enumerate(planned, len(norms)):
                 writer.write(p.name, parts(p, i))
             report(planned[-1].name, len(norms) + len(planned), total - done)
+            verification = None
+            if verify:
+                writer.finish()
+                verification = verify(ModelFile.open(modelfile.partial_path(output)))
+                writer.set_verification(verification)
         with open(output, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -346,6 +354,7 @@ def quantize(
         sha256=sha256,
         seconds=time.perf_counter() - started,
         peak_rss_mb=_peak_rss_mb(),
+        verification=verification,
     )
 
 

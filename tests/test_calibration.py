@@ -9,7 +9,7 @@ from checkpoints import random_weights, tiny, write_hf
 from numpy.typing import NDArray
 
 from gemma_cli.measure import calibration
-from gemma_cli.measure.calibration import Calibration, default_text, sequences
+from gemma_cli.measure.calibration import Calibration, default_text, sequences, split
 from quantize.checkpoint import open_checkpoint
 from quantize.config import GemmaConfig
 from quantize.tensors import matrix_shapes
@@ -78,6 +78,19 @@ def test_sequences_hold_every_id_once_after_bos() -> None:
     assert [int(s[0]) for s in cut] == [2] * len(cut)
     assert [int(i) for s in cut for i in s[1:]] == ids
     assert max(map(len, cut)) == calibration.SEQUENCE
+
+
+def test_every_twelfth_whole_sequence_is_held_out() -> None:
+    text = sequences(list(range(30 * 511 + 17)), bos_id=2)
+    calibrated, held_out = split(text)
+    assert [int(s[1]) for s in held_out] == [11 * 511, 23 * 511]
+    kept = [i for i in range(31) if i not in {11, 23}]
+    assert [int(s[1]) for s in calibrated] == [511 * i for i in kept]
+    assert len(calibrated[-1]) == 18
+
+    text = sequences(list(range(11 * 511 + 17)), bos_id=2)  # the twelfth is not whole
+    calibrated, held_out = split(text)
+    assert (len(calibrated), held_out) == (12, [])
 
 
 def test_the_default_text_is_short_and_mixed() -> None:

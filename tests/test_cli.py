@@ -228,6 +228,10 @@ def test_nothing_to_answer(cli: Cli) -> None:
         ["map", "-m", "base", "--system", "b", "a"],
         ["bench", "-m", "base", "--prompt-tokens", "100000"],
         ["eval", "-m", "base"],
+        ["eval", "-m", "base", "--text", "a", "--base", "base", "--plot", "kl.pdf"],
+        ["eval", "-m", "base", "--text", "a", "--base", "base", "--plot", "none/kl.png"],
+        ["eval", "-m", "base", "--text", "a", "--plot", "kl.png"],
+        ["quantize", "demo", "--plot", "a.svg"],
     ],
     ids=" ".join,
 )
@@ -693,6 +697,43 @@ def test_eval_agrees_with_the_reference(cli: Cli, tmp_path: Path) -> None:
     result = cli(*args, "--base", "chat").json
     assert result["same_top"] == 1.0
     assert result["kl"]["max"] == 0.0  # type: ignore[index]
+    assert set(result) == {"tokens", "perplexity", "perplexity_stderr", "kl", "same_top"}
+    assert set(result["kl"]) == {"mean", "stderr", "median", "p90", "p99", "max"}  # type: ignore[call-overload]
+    shown = cli(*args[:-1], "--base", "chat").out
+    assert "99.9% 0.000000" in shown
+
+
+def test_eval_of_several_models(cli: Cli, home: Path, tmp_path: Path) -> None:
+    text, plot, small = tmp_path / "text.txt", tmp_path / "kl.svg", tmp_path / "small.safetensors"
+    text.write_text("a man met ten hens in the inn\n" * 60)
+    assert cli("quantize", home / "checkpoint", "-o", small).status == 0
+    args = ("eval", "--text", text, "--chunks", "1", "--base", "chat", "-m")
+    alone = [cli(*args, model, "--json").json for model in (small, "chat")]
+    result = cli(*args, small, "--also", "chat", "--plot", plot, "--json")
+    assert (result.status, result.err) == (0, "")
+    assert result.json | {"models": []} == alone[0] | {"models": []}
+    models = result.json["models"]
+    assert isinstance(models, list)
+    for model, name, described in zip(models, ("small", "chat"), alone, strict=True):
+        assert Path(model.pop("model")).stem == name
+        assert model.pop("bits_per_weight") == (32 if name == "chat" else pytest.approx(5.3, abs=1))
+        assert model == described
+    assert models[0]["kl"]["mean"] > models[1]["kl"]["mean"] == 0
+    assert all(name in plot.read_text() for name in ("<svg", ">small<", ">chat<"))
+    shown = cli(*args, small, "--also", "chat").out
+    assert shown.count("divergence") == 2
+
+
+def test_a_plot_without_matplotlib(
+    cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    target = tmp_path / "a.safetensors"
+    result = cli(
+        "quantize", home / "checkpoint", "-o", target, "--verify", "--plot", tmp_path / "a.svg"
+    )
+    assert (result.status, "pip install 'gemma-cli[plot]'" in result.err) == (1, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_quantize(cli: Cli, home: Path, tmp_path: Path) -> None:
@@ -769,6 +810,50 @@ def test_calibrations_and_recipes_that_cannot_be(
     result = cli("quantize", home / "checkpoint", "-o", tmp_path / "a.safetensors", *options)
     assert (result.status, reason in result.err) == (status, True), result.err
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_quantize_verifies(cli: Cli, home: Path, tmp_path: Path) -> None:
+    source, target = home / "checkpoint", tmp_path / "model.safetensors"
+    result = cli("quantize", source, "-o", target, "--verify", "--json")
+    assert (result.status, result.err) == (0, "")
+    assert list(result.json)[-1] == "verification"
+    lost = result.json["verification"]
+    assert isinstance(lost, dict)
+    assert len(lost["worst"]) == 10
+    assert 0 < lost["kl"]["stderr"] < lost["kl"]["mean"]
+
+    described = cli("inspect", "-m", target, "--json", "--tensors").json
+    assert described["verification"] == lost
+    tensors = described["tensors"]
+    assert isinstance(tensors, dict)
+    for worst in lost["worst"]:
+        assert {key: tensors[worst["name"]][key] for key in ("error", "weighted_error")} == {
+            key: worst[key] for key in ("error", "weighted_error")
+        }
+    shown = cli("inspect", "-m", target).out
+    plot = tmp_path / "errors.svg"
+    printed = cli("quantize", source, "-o", target, "--verify", "--force", "--plot", plot).out
+    assert all(name in plot.read_text() for name in ("<svg", ">attn_v<", ">embed<"))
+    for text in (shown, printed):
+        assert f"{lost['kl']['mean']:.4g}" in text
+        assert all(worst["name"] in text for worst in lost["worst"])
+    assert cli("inspect", "-m", "base", "--json").json["verification"] is None
+    # The same file, but for what it says of itself.
+    plain = tmp_path / "plain.safetensors"
+    assert cli("quantize", source, "-o", plain).status == 0
+    assert ModelFile.open(plain).sha256 == ModelFile.open(target).sha256
+
+
+def test_ctrl_c_while_verifying_leaves_no_file(
+    cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemma_cli.measure.verification.measure_quality", interrupt)
+    target = tmp_path / "models" / "model.safetensors"
+    assert cli("quantize", home / "checkpoint", "-o", target, "--verify").status == 130
+    assert not list(target.parent.iterdir())
 
 
 def test_the_default_output_is_named_after_the_source(

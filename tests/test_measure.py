@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gemma_cli.measure import bench
-from gemma_cli.measure.quality import CHUNK, FIRST, chunks, measure_quality
+from gemma_cli.measure.quality import CHUNK, FIRST, chunks, measure_quality, rows_of
 from gemma_cli.runtime import bandwidth
 
 VOCAB = 50
@@ -90,10 +90,10 @@ def test_quality(base_block: int) -> None:
     model, base = Table(seed=1), Table(seed=2, block=base_block)
     cut = chunks(text(2 * CHUNK), BOS)
     done: list[int] = []
-    quality = measure_quality(cast(Any, model), cut, cast(Any, base), done.append)
+    quality = measure_quality(cast(Any, model), cut, rows_of(cast(Any, base), cut), done.append)
     assert done == [1, 2]
 
-    surprise, kl, same = [], [], []
+    surprise, kl, same, change = [], [], [], []
     for chunk in cut:
         for position in range(FIRST, CHUNK - 1):
             q = softmax(model.logits(chunk, position))
@@ -101,6 +101,7 @@ def test_quality(base_block: int) -> None:
             surprise.append(-np.log(q[chunk[position + 1]]))
             kl.append((p * (np.log(p) - np.log(q))).sum())
             same.append(p.argmax() == q.argmax())
+            change.append(p.max() - q[p.argmax()])
     assert quality.tokens == len(surprise) == 2 * 255
     n = len(surprise)
     # Both sides sum about fifty numbers in float64 or better.
@@ -109,7 +110,15 @@ def test_quality(base_block: int) -> None:
     assert quality.perplexity == pytest.approx(perplexity, **close)
     stderr = float(np.std(surprise, ddof=1) / np.sqrt(n))
     assert quality.perplexity_stderr == pytest.approx(perplexity * stderr, **close)
-    assert quality.same_top == np.mean(same)
+    assert quality.same_top == pytest.approx(np.mean(same), **close)
+    share = float(np.mean(same))
+    # The standard deviation of a share, with n - 1.
+    assert quality.same_top_stderr == pytest.approx(np.sqrt(share * (1 - share) / (n - 1)), **close)
+    rms = float(np.sqrt(np.mean(np.square(change))))
+    assert quality.top_change == pytest.approx(rms, **close)
+    # How much the RMS moves when the mean square does by its standard error.
+    moved = np.sqrt(rms**2 + 1e-6 * np.std(np.square(change), ddof=1) / np.sqrt(n)) - rms
+    assert quality.top_change_stderr == pytest.approx(1e6 * float(moved), rel=1e-4)
     assert quality.kl is not None
     assert quality.kl.mean == pytest.approx(float(np.mean(kl)), **close)
     assert quality.kl.stderr == pytest.approx(float(np.std(kl, ddof=1) / np.sqrt(n)), **close)
@@ -117,15 +126,19 @@ def test_quality(base_block: int) -> None:
     assert quality.kl.max == pytest.approx(ordered[-1], **close)
     assert quality.kl.median == pytest.approx((ordered[254] + ordered[255]) / 2, **close)
     assert ordered[457] <= quality.kl.p90 <= ordered[459]
+    assert ordered[483] <= quality.kl.p95 <= ordered[485]
     assert ordered[502] <= quality.kl.p99 <= ordered[505]
+    assert ordered[508] <= quality.kl.p999 <= ordered[509]
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     cut = chunks(text(CHUNK), BOS)
-    quality = measure_quality(cast(Any, Table(seed=1)), cut, cast(Any, Table(seed=1)))
+    same = rows_of(cast(Any, Table(seed=1)), cut)
+    quality = measure_quality(cast(Any, Table(seed=1)), cut, same)
     assert quality.kl is not None
     assert quality.kl.max == 0.0
     assert quality.same_top == 1.0
+    assert quality.top_change == quality.top_change_stderr == 0.0
     alone = measure_quality(cast(Any, Table(seed=1)), cut)
     assert alone.perplexity == quality.perplexity
     assert alone.kl is None
@@ -144,7 +157,8 @@ def test_large_logits_do_not_overflow() -> None:
     model, base = Table(seed=1), Table(seed=1)
     model.table *= 50
     base.table = model.table + 1e4  # the same distribution, and exp(10,000) is no float64
-    quality = measure_quality(cast(Any, model), chunks(text(CHUNK), BOS), cast(Any, base))
+    cut = chunks(text(CHUNK), BOS)
+    quality = measure_quality(cast(Any, model), cut, rows_of(cast(Any, base), cut))
     assert np.isfinite(quality.perplexity)
     assert quality.kl is not None
     # float32 holds 10,000 to 1/1000, so a logarithm of p is off by no more than twice that.

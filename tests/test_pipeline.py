@@ -25,7 +25,7 @@ from checkpoints import (
     write_hf,
 )
 from gguf import GGMLQuantizationType
-from numpy.typing import NDArray
+from twins import dequantized
 
 from quantize import packing
 from quantize.checkpoint import open_checkpoint
@@ -44,17 +44,6 @@ MATRIX = "layers.1.ffn_down"
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write_hf(tmp_path / "checkpoint", CONFIG, WEIGHTS)
-
-
-def dequantized(file: ModelFile, name: str) -> NDArray[np.float32]:
-    """A matrix as the kernels see it, the rows that fill up its last tile taken off."""
-    m, tiles = file.matrices[name], file.tiles[name]
-    if m.group_size == 0:
-        return packing.unpack_floats(m.format, tiles, m.n_in)[: m.n_out]
-    codes, scales = packing.unpack_codes(m.format, tiles, m.n_in, m.group_size)
-    levels = codes if m.codebook is None else np.array(m.codebook, np.int8)[codes]
-    steps = np.repeat(scales.astype(np.float32), m.group_size, axis=1)
-    return (steps * levels.astype(np.float32))[: m.n_out]
 
 
 def partials(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from quantize import packing
 from quantize.grouping import LINEAR_LEVELS
+from quantize.modelfile import ModelFile
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -123,3 +124,14 @@ def attention(
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out[:, h] = weights @ v[:, kv] / weights.sum(-1, keepdims=True)
     return out, magnitudes
+
+
+def dequantized(file: ModelFile, name: str) -> NDArray[np.float32]:
+    """A matrix as the kernels see it, the rows that fill up its last tile taken off."""
+    m, tiles = file.matrices[name], file.tiles[name]
+    if m.group_size == 0:
+        return packing.unpack_floats(m.format, tiles, m.n_in)[: m.n_out]
+    codes, scales = packing.unpack_codes(m.format, tiles, m.n_in, m.group_size)
+    levels = codes if m.codebook is None else np.array(m.codebook, np.int8)[codes]
+    steps = np.repeat(scales.astype(np.float32), m.group_size, axis=1)
+    return (steps * levels.astype(np.float32))[: m.n_out]

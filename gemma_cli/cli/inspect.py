@@ -1,12 +1,16 @@
 """gemma-cli inspect: what is in a model file."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_cli.cli import loading, options, output
 
+if TYPE_CHECKING:
+    from quantize.modelfile import TensorError, Verification
+
+WORST = 10  # matrices that are named
 GENERATIONS = {"gemma": "Gemma 1", "gemma2": "Gemma 2", "gemma3": "Gemma 3"}
 
 
@@ -28,8 +32,9 @@ def inspect(
     context = context or min(loading.DEFAULT_CONTEXT, config.context_length)
     cache_bytes = loading.cache_bytes(config, context)
     n_weights = sum(m.n_out * m.n_in for m in file.matrices.values())
+    verified = file.verification
     if json:
-        described: dict[str, object] = {
+        fields: dict[str, object] = {
             "path": str(file.path),
             "generation": config.generation,
             "chat": file.chat,
@@ -39,15 +44,19 @@ def inspect(
             "weights": n_weights,
             "bits_per_weight": file.bits_per_weight,
             "sampling": dict(file.sampling),
+            "verification": described(verified) if verified else None,
             "context": context,
             "cache_bytes": cache_bytes,
             "config": asdict(config),
         }
         if tensors:
-            described["tensors"] = {
-                name: asdict(m) | {"bytes": m.nbytes} for name, m in file.matrices.items()
+            fields["tensors"] = {
+                name: asdict(m)
+                | {"bytes": m.nbytes}
+                | (_described(verified.errors[name]) if verified else {})
+                for name, m in file.matrices.items()
             }
-        output.write_json(described)
+        output.write_json(fields)
         return
     sliding = sum(config.sliding_layers)
     layers = f"{config.n_layers} layers of {config.hidden_size}"
@@ -78,6 +87,9 @@ def inspect(
             ),
         ]
     )
+    if verified:
+        output.write("\n")
+        show_verification(verified)
     if tensors:
         output.write("\n")
         output.write_table(
@@ -95,3 +107,30 @@ def inspect(
                 ),
             ]
         )
+
+
+def show_verification(verification: "Verification") -> None:
+    """Prints what a file has lost against its source, the worst matrices by name."""
+    worst = verification.worst(WORST)
+    output.write(
+        f"Lost against the source in float32, over {verification.tokens} predictions: "
+        f"divergence {verification.kl:.4g} ± {verification.kl_stderr:.2g} nats, same top "
+        f"{verification.same_top:.2%}\n"
+    )
+    if worst:
+        rows = [(name, f"{e.plain:.3%}", f"{e.weighted:.3%}") for name, e in worst.items()]
+        output.write_table([("worst matrices", "error", "weighted by inputs"), *rows])
+
+
+def described(verification: "Verification") -> dict[str, object]:
+    """A verification as --json shows it."""
+    return {
+        "tokens": verification.tokens,
+        "kl": {"mean": verification.kl, "stderr": verification.kl_stderr},
+        "same_top": verification.same_top,
+        "worst": [{"name": name} | _described(e) for name, e in verification.worst(WORST).items()],
+    }
+
+
+def _described(error: "TensorError") -> dict[str, object]:
+    return {"error": error.plain, "weighted_error": error.weighted}

@@ -25,6 +25,20 @@ def one_of(*choices: int) -> Callable[[int], int]:
     return check
 
 
+def check_plot(path: Path | None) -> Path | None:
+    """Raises a usage error or GemmaError, before any work, if a figure cannot be written there."""
+    from gemma_cli.measure import plots
+
+    if path is None:
+        return None
+    if path.suffix.lower() not in plots.SUFFIXES:
+        raise typer.BadParameter(f"{path} does not end with {' or '.join(plots.SUFFIXES)}.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{path} is no file in a folder that exists.")
+    plots.require()
+    return path
+
+
 ModelName = Annotated[
     str | None,
     typer.Option(

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_cli import demo
-from gemma_cli.cli import loading, options, output
+from gemma_cli.cli import inspect, loading, options, output
 from gemma_cli.models import SUFFIX, models_folder
 from quantize.errors import GemmaError
 from quantize.recipe import FORMAT_OF_BITS, METHODS, RECIPES
 
 if TYPE_CHECKING:
     from quantize.checkpoint import Checkpoint
+    from quantize.modelfile import ModelFile, Verification
     from quantize.pipeline import PlannedTensor, Summary
     from quantize.statistics import Calibration
 
@@ -97,6 +98,24 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare the file with the checkpoint in float32, each matrix and what the model "
+            "predicts; the result is kept in the file, and inspect shows it.",
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            callback=options.check_plot,
+            metavar="FILE.png|svg",
+            help="With --verify: draw the error of each kind of matrix over the layers "
+            "(pip install 'gemma-cli\\[plot]').",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")
     ] = False,
@@ -118,13 +137,15 @@ def quantize(
 
     gemma-cli quantize gemma-2-2b-it.gguf --bits 8 -o gemma-2.safetensors
 
-    gemma-cli quantize ~/gemma-3-1b-it --method gptq --calibrate my-texts.txt
+    gemma-cli quantize ~/gemma-3-1b-it --method gptq --calibrate my-texts.txt --verify
     """
     from quantize import pipeline
     from quantize.checkpoint.adapter import merge_adapter
 
     if method == "gptq":
         calibrate = calibrate or DEFAULT_TEXT
+    if plot and not verify:
+        raise typer.BadParameter("A plot shows what --verify finds; add it.", param_hint="--plot")
     if calibrate is not None and (bits != 4 or method == "rtn"):
         raise typer.BadParameter(
             "A calibration is for --bits 4 with --method search or gptq.", param_hint="--calibrate"
@@ -162,9 +183,15 @@ def quantize(
             recipe=recipe,
             method=method,
             calibration=calibration_of(checkpoint, calibrate, method) if calibrate else None,
+            verify=verification_of(checkpoint) if verify else None,
             force=force,
             progress=lambda p: progress(p.bytes_done, f"{p.tensors_done}/{p.tensors}"),
         )
+    if plot and summary.verification:
+        from gemma_cli.measure import plots
+
+        title = f"{checkpoint.name}, {summary.bits_per_weight:.2f} bits a weight"
+        plots.plot_errors(plot, title, summary.verification.errors)
     report(summary, json)
 
 
@@ -203,9 +230,26 @@ def calibration_of(checkpoint: "Checkpoint", text: str, method: str) -> "Calibra
         calibration.default_text() if text == DEFAULT_TEXT else loading.read_files([Path(text)])[0]
     )
     sequences = calibration.sequences(tokenizer.encode(content), tokenizer.bos_id)
+    if text == DEFAULT_TEXT:
+        sequences, _ = calibration.split(sequences)
     if not sequences:
         raise GemmaError(f"{text} is empty: give a text to calibrate with.")
     return calibration.Calibration(checkpoint, sequences, gram=method == "gptq")
+
+
+def verification_of(checkpoint: "Checkpoint") -> "Callable[[ModelFile], Verification]":
+    """What compares a file that was made of a checkpoint with it."""
+    from gemma_cli.measure import verification
+
+    text = verification.held_out_text(checkpoint)
+
+    def verify(file: "ModelFile") -> "Verification":
+        model = loading.load_model(file, None)
+        n_steps = verification.n_steps(checkpoint, text)
+        with output.progress_bar("Verifying", n_steps) as progress:
+            return verification.verify(checkpoint, model, text, progress)
+
+    return verify
 
 
 def existing(path: Path) -> "Summary":
@@ -217,17 +261,32 @@ def existing(path: Path) -> "Summary":
     output.note(f"{path} is there already; --force makes it again.")
     with open(path, "rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    return Summary(path, file.bits_per_weight, file.size, sha256, seconds=0.0, peak_rss_mb=0.0)
+    return Summary(
+        path,
+        file.bits_per_weight,
+        file.size,
+        sha256,
+        seconds=0.0,
+        peak_rss_mb=0.0,
+        verification=file.verification,
+    )
 
 
 def report(summary: "Summary", json: bool) -> None:
     if json:
-        output.write_json(asdict(summary) | {"output": str(summary.output)})
+        described = asdict(summary) | {"output": str(summary.output)}
+        if summary.verification:
+            described["verification"] = inspect.described(summary.verification)
+        else:
+            del described["verification"]
+        output.write_json(described)
         return
     output.write(
         f"{summary.output}: {output.size(summary.bytes)}, "
         f"{summary.bits_per_weight:.2f} bits a weight\n"
     )
+    if summary.verification:
+        inspect.show_verification(summary.verification)
     in_folder = summary.output.parent == models_folder()
     name = summary.output.stem if in_folder else str(summary.output)
     output.note(f'Next: gemma-cli run -m {shlex.quote(name)} "The capital of France is"')

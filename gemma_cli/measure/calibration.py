@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from gemma_cli.runtime.model import default_threads
 from quantize.checkpoint import Checkpoint
 from quantize.config import GemmaConfig
+from quantize.errors import GemmaError
 from quantize.statistics import InputStatistics
 
 Floats = NDArray[np.float32]
@@ -24,8 +25,12 @@ Floats = NDArray[np.float32]
 SEQUENCE = 512
 """Tokens that attend to each other, as when quality is measured."""
 
+_HELD_OUT = 12  # One sequence in so many is not for calibration.
+
 _BATCH = 8  # sequences whose inputs to a layer's matrices are held at once
 _GRAM_COLUMNS = 256  # that a thread computes at a time
+_HEAD_LOGITS = 1 << 25  # held at once: 134 MB
+_HEAD_WEIGHTS = 1 << 22  # of the output head that a thread reads at a time
 
 _MATRICES = (
     ("attn_q", "attn_k", "attn_v"),
@@ -50,17 +55,33 @@ def sequences(ids: Sequence[int], bos_id: int) -> list[NDArray[np.int32]]:
     ]
 
 
+def split(
+    text: Sequence[NDArray[np.int32]],
+) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
+    """The sequences to calibrate on, and those held out, all of them whole, to verify with."""
+    whole = [ids for ids in text if len(ids) == SEQUENCE]
+    held_out = whole[_HELD_OUT - 1 :: _HELD_OUT]
+    # Only the last sequence can be shorter.
+    del whole[_HELD_OUT - 1 :: _HELD_OUT]
+    return [*whole, *text[len(whole) + len(held_out) :]], held_out
+
+
 class Calibration:
     """The input statistics of each matrix, by its name; `quantize.statistics.Calibration`.
 
     Matrices are asked for in the order of the layers, and a layer is run when it is reached. With
     `gram`, Gram matrices are gathered too, which take 4 n_in^2 bytes each while they are in use.
+    When the last was asked for, `stream` is what the output head is multiplied by.
     """
+
+    stream: list[Floats]
+    """The residual stream of each sequence, (n, hidden_size), behind the layers that were run."""
 
     def __init__(
         self, checkpoint: Checkpoint, text: Sequence[NDArray[np.int32]], *, gram: bool
     ) -> None:
-        self._statistics = _statistics(checkpoint, text, gram)
+        self.stream = []
+        self._statistics = _statistics(checkpoint, text, gram, self.stream)
         self._names: tuple[str, ...] = ()
         self._current: InputStatistics
 
@@ -72,8 +93,12 @@ class Calibration:
 
 
 def _statistics(
-    checkpoint: Checkpoint, text: Sequence[NDArray[np.int32]], gram: bool
+    checkpoint: Checkpoint,
+    text: Sequence[NDArray[np.int32]],
+    gram: bool,
+    stream: list[Floats],
 ) -> Iterator[tuple[tuple[str, ...], InputStatistics]]:
+    """The statistics of matrices that share their inputs, and their names; fills `stream`."""
     config, embedding = checkpoint.config, checkpoint.tensors["embed"]
     n_tokens = sum(map(len, text))
 
@@ -82,7 +107,7 @@ def _statistics(
         rows = np.concatenate([embedding.rows(int(i), int(i) + 1) for i in unique])
         return rows[where] * np.float32(np.sqrt(config.hidden_size))
 
-    stream = [embed(ids) for ids in text]
+    stream[:] = [embed(ids) for ids in text]
     with ThreadPoolExecutor(default_threads()) as pool:
         for i in range(config.n_layers):
             weights = _layer_weights(checkpoint, i)
@@ -99,8 +124,9 @@ def _statistics(
         sums = _Sums(gram)
         norm = checkpoint.tensors["final_norm"].values()
         for start in range(0, len(stream), _BATCH):
-            x = np.concatenate(stream[start : start + _BATCH])
-            sums.add(rms_norm(x, norm, config.rms_norm_eps), pool)
+            batch = slice(start, start + _BATCH)
+            stream[batch] = [rms_norm(x, norm, config.rms_norm_eps) for x in stream[batch]]
+            sums.add(np.concatenate(stream[batch]), pool)
         yield ("embed",), sums.means(n_tokens)
 
 
@@ -146,6 +172,37 @@ def _layer_weights(checkpoint: Checkpoint, i: int) -> dict[str, Floats]:
         for name, tensor in checkpoint.tensors.items()
         if name.startswith(prefix)
     }
+
+
+def logits(checkpoint: Checkpoint, x: Floats) -> Iterator[Floats]:
+    """The logits (vocab_size,) of each of the output head's inputs (n, hidden_size), in order.
+
+    A block of positions is in memory at a time; what is yielded is overwritten by the next block.
+    Raises GemmaError if they are not finite.
+    """
+    head, cap = checkpoint.tensors["embed"], np.float32(checkpoint.config.final_soft_cap)
+    n_vocab, n_in = head.shape
+    n_positions = max(1, _HEAD_LOGITS // n_vocab)
+    step = max(1, _HEAD_WEIGHTS // n_in)
+    out = np.empty((n_positions, n_vocab), np.float32)
+    with ThreadPoolExecutor(default_threads()) as pool:
+        for start in range(0, len(x), n_positions):
+            inputs = x[start : start + n_positions]
+            block = out[: len(inputs)]
+
+            def fill(at: int, inputs: Floats = inputs, block: Floats = block) -> None:
+                piece = slice(at, min(at + step, n_vocab))
+                with np.errstate(all="ignore"):  # What comes of it is not finite, and reported.
+                    product = inputs @ head.rows(piece.start, piece.stop).T
+                block[:, piece] = cap * np.tanh(product / cap) if cap else product
+
+            list(pool.map(fill, range(0, n_vocab, step)))
+            if not np.isfinite(block).all():
+                raise GemmaError(
+                    f"{checkpoint.path} gives numbers that overflow float32; the checkpoint is "
+                    "damaged, get it again."
+                )
+            yield from block
 
 
 # The equations of runtime/forward.py in float32, a sequence at a time.

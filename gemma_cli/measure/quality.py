@@ -8,8 +8,8 @@ do not overlap, the first token of each gives way to BOS, and the second half is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,8 @@ FIRST = CHUNK // 2
 PREDICTIONS = CHUNK - 1 - FIRST
 
 Floats = NDArray[np.float64]
+Rows = Iterator[NDArray[np.float32]]
+"""Logits (vocab_size,), position after position; one may be overwritten by the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +35,24 @@ class Divergence:
     stderr: float
     median: float
     p90: float
+    p95: float
     p99: float
+    p999: float
     max: float
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
+    """Of predictions; all but the first three fields are there with a reference."""
+
     tokens: int  # predictions scored
     perplexity: float
     perplexity_stderr: float
-    kl: Divergence | None = None  # with a reference
+    kl: Divergence | None = None
     same_top: float | None = None  # share of positions where both rank the same token first
+    same_top_stderr: float | None = None
+    top_change: float | None = None  # of the probability of the reference's first token, RMS
+    top_change_stderr: float | None = None
 
 
 def chunks(ids: Sequence[int], bos_id: int, limit: int | None = None) -> list[NDArray[np.int32]]:
@@ -57,10 +66,10 @@ def chunks(ids: Sequence[int], bos_id: int, limit: int | None = None) -> list[ND
 def measure_quality(
     model: Model,
     text: Sequence[NDArray[np.int32]],
-    base: Model | None = None,
+    reference: Iterable[Rows] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Quality:
-    """Scores the chunks of `chunks`, both models going over the same chunk side by side.
+    """Scores the chunks of `chunks`, and compares with a reference's logits for each (`rows_of`).
 
     `progress` is called with the number of chunks done. Logits are held for a block of positions
     at a time, never for a whole chunk.
@@ -68,41 +77,53 @@ def measure_quality(
     surprise: list[float] = []
     divergence: list[float] = []
     same: list[bool] = []
-    cache = model.new_cache(CHUNK)
-    base_cache = base.new_cache(CHUNK) if base else None
+    squared_change: list[float] = []
     log_q, log_p, scratch = np.empty((3, model.config.vocab_size))
-    for done, chunk in enumerate(text):
+    references = iter(reference) if reference is not None else None
+    for done, (chunk, rows) in enumerate(zip(text, rows_of(model, text), strict=True)):
         targets = chunk[FIRST + 1 :]
-        references = scored_rows(base, chunk, base_cache) if base and base_cache else None
+        rows_p = next(references) if references else None
         # The last position has logits too, and no token of the chunk to predict.
-        for target, row in zip(targets, scored_rows(model, chunk, cache), strict=False):
+        for target, row in zip(targets, rows, strict=False):
             log_softmax(row, log_q, scratch)
             surprise.append(-float(log_q[target]))
-            if references:
-                log_softmax(next(references), log_p, scratch)
+            if rows_p:
+                log_softmax(next(rows_p), log_p, scratch)
                 divergence.append(kl_divergence(log_p, log_q, scratch))
-                same.append(bool(log_p.argmax() == log_q.argmax()))
+                top = log_p.argmax()
+                same.append(bool(top == log_q.argmax()))
+                squared_change.append(float(np.exp(log_p[top]) - np.exp(log_q[top])) ** 2)
         progress(done + 1)
 
     mean, stderr = mean_and_stderr(np.array(surprise))
-    perplexity = math.exp(mean)
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(mean))
     quality = Quality(len(surprise), perplexity, perplexity * stderr)
-    if not base:
+    if references is None:
         return quality
     kl = np.array(divergence)
-    median, p90, p99 = np.quantile(kl, [0.5, 0.9, 0.99])
-    return Quality(
-        quality.tokens,
-        quality.perplexity,
-        quality.perplexity_stderr,
-        Divergence(*mean_and_stderr(kl), float(median), float(p90), float(p99), float(kl.max())),
-        float(np.mean(same)),
+    quantiles = map(float, np.quantile(kl, [0.5, 0.9, 0.95, 0.99, 0.999, 1]))
+    same_top, same_top_stderr = mean_and_stderr(np.array(same, np.float64))
+    square, square_stderr = mean_and_stderr(np.array(squared_change))
+    change = math.sqrt(square)
+    return replace(
+        quality,
+        kl=Divergence(*mean_and_stderr(kl), *quantiles),
+        same_top=same_top,
+        same_top_stderr=same_top_stderr,
+        top_change=change,
+        # To first order: d sqrt(x) = dx / (2 sqrt(x)).
+        top_change_stderr=square_stderr / (2 * change) if change else 0.0,
     )
 
 
-def scored_rows(
-    model: Model, chunk: NDArray[np.int32], cache: KVCache
-) -> Iterator[NDArray[np.float32]]:
+def rows_of(model: Model, text: Sequence[NDArray[np.int32]]) -> Iterator[Rows]:
+    """For each chunk a model's logits in its second half."""
+    cache = model.new_cache(CHUNK)
+    return (scored_rows(model, chunk, cache) for chunk in text)
+
+
+def scored_rows(model: Model, chunk: NDArray[np.int32], cache: KVCache) -> Rows:
     """Logits (vocab_size,) for each position of the second half, in order."""
     cache.clear()
     for block in model.forward_all(chunk, cache, first=FIRST):

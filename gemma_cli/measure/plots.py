@@ -1,0 +1,121 @@
+"""Figures of what quantizing has cost, drawn by matplotlib, which comes with the extra `plot`."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from quantize.errors import GemmaError
+from quantize.modelfile import TensorError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SUFFIXES = (".png", ".svg")
+
+_STYLE: dict[Any, object] = {
+    "svg.fonttype": "none",  # Text stays text, which can be searched.
+    "svg.hashsalt": "gemma-cli",  # The same figure, the same bytes.
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+_SMALLEST = 1e-7
+"""Where a divergence of 0 is shown: what is smaller, float32 logits do not tell from it."""
+
+
+class Point(NamedTuple):
+    name: str
+    bits_per_weight: float
+    kl: float
+    kl_stderr: float
+
+
+def require() -> None:
+    """Raises GemmaError if nothing can be drawn."""
+    try:
+        import matplotlib  # noqa: F401, PLC0415
+    except ImportError:
+        raise GemmaError(
+            "A plot needs matplotlib: install it with `pip install 'gemma-cli[plot]'`."
+        ) from None
+
+
+def plot_errors(path: Path, title: str, errors: Mapping[str, TensorError]) -> None:
+    """Draws each matrix's weighted error over the layers, a line for each kind of matrix.
+
+    path: with a suffix of SUFFIXES; an existing file is replaced. Raises OSError.
+    """
+    kinds: dict[str, dict[int, float]] = {}
+    for name, error in errors.items():
+        if name.startswith("layers."):
+            _, layer, kind = name.split(".")
+            kinds.setdefault(kind, {})[int(layer)] = 100 * error.weighted
+    with _axes(path, title) as axes:
+        for kind, marker in zip(kinds, "ov^<>sDPX", strict=False):
+            axes.plot(
+                list(kinds[kind]), list(kinds[kind].values()), label=kind, marker=marker, ms=4
+            )
+        embed = 100 * errors["embed"].weighted
+        axes.axhline(embed, label="embed", color="black", linestyle="--")
+        axes.set_xlabel("layer")
+        axes.set_ylabel("relative error, weighted by inputs (%)")
+        axes.set_ylim(bottom=0)
+        axes.locator_params("x", integer=True)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def plot_divergence(path: Path, title: str, points: Sequence[Point]) -> None:
+    """Draws divergence against bits per weight, a labelled point with its standard error each.
+
+    path: with a suffix of SUFFIXES; an existing file is replaced. Raises OSError.
+    """
+    with _axes(path, title) as axes:
+        for point in points:
+            kl = max(point.kl, _SMALLEST)
+            # Downwards no further than a logarithm goes.
+            below, above = min(point.kl_stderr, 0.9 * kl), point.kl_stderr
+            axes.errorbar(point.bits_per_weight, kl, yerr=[[below], [above]], fmt="o", capsize=3)
+            axes.annotate(
+                point.name,
+                (point.bits_per_weight, kl),
+                xytext=(6, 4),
+                textcoords="offset points",
+                parse_math=False,
+            )
+        axes.set_yscale("log")
+        axes.margins(0.1)
+        axes.set_xlabel("bits per weight")
+        axes.set_ylabel("KL divergence from the reference (nats)")
+
+
+@contextmanager
+def _axes(path: Path, title: str) -> Iterator[Axes]:
+    """Axes to draw on, which are written to the file when the block ends well."""
+    import matplotlib as mpl  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    drawn = io.BytesIO()
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # A name may have letters that the font lacks.
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title, parse_math=False)  # A name may have a dollar sign.
+        yield axes
+        suffix = path.suffix.lower()
+        metadata = {"Date": None} if suffix == ".svg" else None
+        figure.savefig(drawn, format=suffix[1:], dpi=150, metadata=metadata, bbox_inches="tight")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(drawn.getvalue())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
