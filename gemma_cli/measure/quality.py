@@ -138,9 +138,9 @@ def log_softmax(logits: NDArray[np.float32], out: Floats, scratch: Floats) -> No
 
 
 def kl_divergence(log_p: Floats, log_q: Floats, scratch: Floats) -> float:
-    """sum p (ln p - ln q), which can only be negative by rounding."""
+    """sum p (ln p - ln q), which can only be negative by rounding; NaN where there is one."""
     p = np.exp(log_p, out=scratch)
-    return max(0.0, float(p @ log_p - p @ log_q))
+    return float(np.maximum(0.0, p @ log_p - p @ log_q))
 
 
 def mean_and_stderr(values: Floats) -> tuple[float, float]:
