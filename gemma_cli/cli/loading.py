@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import typer
@@ -46,19 +49,23 @@ def load_tokenizer(file: ModelFile) -> Tokenizer:
     return Tokenizer(file.tokenizer_model)
 
 
-def load_model(file: ModelFile, threads: int | None) -> Model:
+Waiting = Callable[[str], AbstractContextManager[None]]
+"""Says what takes so long while it does."""
+
+
+def load_model(file: ModelFile, threads: int | None, waiting: Waiting = output.waiting) -> Model:
     """Compiles the kernels first if this machine has not done so yet."""
     from gemma_cli.runtime import Model
     from gemma_cli.runtime.compilation import needs_compiling
 
     model = Model(file, threads)
     if needs_compiling():
-        with output.waiting("Compiling for this CPU: once, up to half a minute."):
+        with waiting("Compiling for this CPU: once, up to half a minute."):
             model.forward([0], model.new_cache(1))
     return model
 
 
-def load(name: str | None, threads: int | None) -> Loaded:
+def load(name: str | None, threads: int | None, waiting: Waiting = output.waiting) -> Loaded:
     """Opens a model file; the tokenizer loads while the kernels do."""
     # Loading makes objects by the hundred thousand that live to the end: looking through them for
     # garbage again and again would take a tenth of a second.
@@ -67,10 +74,30 @@ def load(name: str | None, threads: int | None) -> Loaded:
     _read_ahead(file.path)
     with ThreadPoolExecutor(1) as pool:
         tokenizer = pool.submit(load_tokenizer, file)
-        loaded = Loaded(file, model=load_model(file, threads), tokenizer=tokenizer.result())
+        model = load_model(file, threads, waiting)
+        loaded = Loaded(file, tokenizer.result(), model)
     gc.freeze()
     gc.enable()
     return loaded
+
+
+def load_meanwhile(name: str | None, threads: int | None, waiting: Waiting) -> Future[Loaded]:
+    """Does what `load` does in a thread of its own."""
+    future: Future[Loaded] = Future()
+
+    def work() -> None:
+        # The other thread, in which someone types, waits for the interpreter's lock this long.
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(interval / 10)
+        try:
+            future.set_result(load(name, threads, waiting))
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            sys.setswitchinterval(interval)
+
+    Thread(target=work, daemon=True).start()
+    return future
 
 
 def _read_ahead(path: Path) -> None:
