@@ -13,13 +13,16 @@ from program import CONTEXT, GOLDEN, Cli, Result, load
 
 from gemma_cli.cli.main import execute
 from gemma_cli.runtime import compilation
+from gemma_cli.text.chat import stop_ids
+from gemma_cli.text.tokenizer import Tokenizer
 from quantize.checkpoint import open_checkpoint
 from quantize.pipeline import quantize
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `$GEMMA_CLI_HOME` with two models: `base`, and `chat` with a long context."""
+    """A `$GEMMA_CLI_HOME` with two models: `base`, and `chat` with a long context; and outside the
+    models' folder `endless`, whose greedy answers do not end."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "cache").mkdir()
     (folder / "cache" / "kernels").symlink_to(compilation.FOLDER.parent)  # compiled once for all
@@ -31,9 +34,27 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((chat / "config.json").read_text())
     (chat / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
     quantize(open_checkpoint(chat), folder / "models" / "chat.safetensors", bits=32)
+    never_end(chat)
+    quantize(open_checkpoint(chat), folder / "endless.safetensors", bits=32)
     model = load(folder, "base")[0]
     model.forward([2], model.new_cache(1))  # compiles, if that was not done yet
     return folder
+
+
+def never_end(checkpoint: Path) -> None:
+    """Makes the embeddings of a checkpoint's stop ids zero, and so their logits."""
+    ids = stop_ids(Tokenizer((checkpoint / "tokenizer.model").read_bytes()))
+    name = "model.embed_tokens.weight"
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    shard = checkpoint / index["weight_map"][name]
+    data = bytearray(shard.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    entry = json.loads(data[8 : 8 + length])[name]
+    row = 2 * entry["shape"][1]  # bfloat16
+    for token in ids:
+        start = 8 + length + entry["data_offsets"][0] + token * row
+        data[start : start + row] = bytes(row)
+    shard.write_bytes(data)
 
 
 @pytest.fixture

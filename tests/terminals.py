@@ -113,7 +113,9 @@ class Terminal:
     def wait_for(self, pattern: str) -> re.Match[str]:
         """Waits until the text on the terminal matches."""
         while not (found := re.search(pattern, self.text)):
-            assert self._receive(), f"it left without {pattern!r}:\n{self.text}"
+            assert self._receive(), (
+                f"it left with {self._process.wait()} without {pattern!r}:\n{self.text}"
+            )
         return found
 
     def wait(self) -> int:

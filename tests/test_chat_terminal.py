@@ -8,12 +8,16 @@ from program import CONTEXT
 from terminals import Terminal
 
 CTRL_C, CTRL_D, CTRL_R = "\x03", "\x04", "\x12"
-TALK = ("chat", "-m", "chat", "-t", "0")
-ENDLESS = (*TALK, "-c", str(CONTEXT))
+TALK = ("chat", "-m", "chat", "-t", "0", "--plain")
+
+
+def endless(home: Path) -> tuple[str, ...]:
+    model = str(home / "endless.safetensors")
+    return "chat", "-m", model, "-t", "0", "--plain", "-c", str(CONTEXT)
 
 
 def test_a_conversation(home: Path) -> None:
-    with Terminal(home, *ENDLESS) as terminal:
+    with Terminal(home, *endless(home)) as terminal:
         terminal.wait_for(r"(?m)^>")
         terminal.type("the man\r")  # maybe before there is a model
         terminal.wait_for(r"> the man\n.{20}")
@@ -61,6 +65,19 @@ def test_a_plain_terminal(home: Path, environment: dict[str, str]) -> None:
     assert "TERM" not in environment or b"\x1b" not in terminal.received
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_markdown(home: Path, plain: bool) -> None:
+    args = ("chat", "-m", "base", "-t", "0", "-n", "9", *["--plain"] * plain)
+    with Terminal(home, *args) as terminal:
+        terminal.wait_for(r"base model[\s\S]*\n>")
+        terminal.type("the man\r")
+        terminal.wait_for(r"> the man\n[\s\S]+\n>")
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+    answer = terminal.received.rpartition(b"the man")[2]
+    assert (b"\x1b[K\r\n" in answer) == (not plain)
+
+
 def test_a_model_that_is_none(home: Path, tmp_path: Path) -> None:
     with Terminal(home, "chat", "-m", "nothing") as terminal:
         assert terminal.wait() == 1
@@ -75,7 +92,7 @@ def test_a_model_that_is_none(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_leaves_the_terminal_as_it_was(home: Path) -> None:
-    with Terminal(home, *ENDLESS) as terminal:
+    with Terminal(home, *endless(home)) as terminal:
         before = terminal.modes
         terminal.wait_for(r"(?m)^>")
         terminal.type("the man\r")

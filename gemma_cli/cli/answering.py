@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,12 +42,13 @@ class Form:
     ndjson: bool
     stats: bool
     newline: bool  # after an answer; it is not the model's
+    write: Callable[[str], None] = output.write  # for text
 
     def piece(self, text: str) -> None:
         if self.ndjson:
             output.write_json({"token": text})
         elif not self.json:
-            output.write(text)
+            self.write(text)
 
     def end(self, answer: Answer, load_s: float) -> None:
         """Prints what comes after the pieces."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,6 +51,9 @@ def chat(
     context: options.Context = None,
     kv: options.KVFormat = options.KV.F16,
     threads: options.Threads = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Print answers as they are, not as Markdown.")
+    ] = False,
     stats: options.Stats = False,
     json: options.Json = False,
     ndjson: options.NdJson = False,
@@ -79,6 +82,7 @@ def chat(
         context=context,
         kv=kv.value,
         threads=threads,
+        markdown=not (plain or json or ndjson) and terminal.shows_more_than_lines(),
         form=answering.Form(json, ndjson, stats, newline=True),
     )
     if sys.stdin.isatty():
@@ -103,6 +107,7 @@ class Chat:
     context: int | None
     kv: str
     threads: int | None
+    markdown: bool
     form: answering.Form
     answer: Answer | None = None  # the last one
     _conversation: Conversation | None = None
@@ -113,16 +118,21 @@ class Chat:
 
     def begin(self) -> Future[Loaded]:
         """Has the model loaded in a thread of its own; once."""
+        if not self._loading:
+            self._loading = loading.meanwhile(self._load)
+        return self._loading
 
-        @contextmanager
+    def _load(self) -> Loaded:
+        @contextlib.contextmanager
         def waiting(text: str) -> Iterator[None]:
             before, self._doing = self._doing, text
             yield
             self._doing = before
 
-        if not self._loading:
-            self._loading = loading.load_meanwhile(str(self.path), self.threads, waiting)
-        return self._loading
+        loaded = loading.load(str(self.path), self.threads, waiting)
+        if self.markdown:
+            import gemma_cli.cli.markdown  # noqa: F401 (takes a tenth of a second, too)
+        return loaded
 
     @property
     def loaded(self) -> bool:
@@ -180,13 +190,21 @@ class Chat:
         max_tokens = self.max_tokens
         if max_tokens is None and conversation.format != "turns":
             max_tokens = answering.RAW_TOKENS
-        with (
-            terminal.interruptible() as check,
-            answering.reading(loaded.model, conversation.rewind()) as progress,
-        ):
+        form = self.form
+        with contextlib.ExitStack() as stack:
+            if self.markdown and conversation.format != "raw":
+                from gemma_cli.cli.markdown import MarkdownScreen
+
+                screen = stack.enter_context(
+                    contextlib.closing(MarkdownScreen(sys.stdout, terminal.size))
+                )
+                form = replace(form, write=screen.write, newline=False)
+            check = stack.enter_context(terminal.interruptible())
+            new = conversation.rewind()
+            progress = stack.enter_context(answering.reading(loaded.model, new))
 
             def emit(piece: str) -> None:
-                self.form.piece(piece)
+                form.piece(piece)
                 check()
 
             def read(done: int) -> None:
@@ -201,7 +219,7 @@ class Chat:
                 draft=self.draft,
                 progress=read,
             )
-        self.form.end(answer, self._load_s)
+        form.end(answer, self._load_s)
         self._load_s = 0.0  # the next turn waits for no loading
         self.answer = answer
         return answer

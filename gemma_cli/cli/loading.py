@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from gemma_cli.text.tokenizer import Tokenizer
     from quantize.config import GemmaConfig
     from quantize.modelfile import ModelFile
+
+T = TypeVar("T")
 
 DEFAULT_CONTEXT = 4096
 ROOM_FOR_ANSWER = 1024  # beyond a prompt that makes the context longer than its default
@@ -81,16 +83,16 @@ def load(name: str | None, threads: int | None, waiting: Waiting = output.waitin
     return loaded
 
 
-def load_meanwhile(name: str | None, threads: int | None, waiting: Waiting) -> Future[Loaded]:
-    """Does what `load` does in a thread of its own."""
-    future: Future[Loaded] = Future()
+def meanwhile(load: Callable[[], T]) -> Future[T]:
+    """Has something loaded in a thread of its own, while someone types."""
+    future: Future[T] = Future()
 
     def work() -> None:
-        # The other thread, in which someone types, waits for the interpreter's lock this long.
+        # Who types waits for the interpreter's lock as long as this.
         interval = sys.getswitchinterval()
         sys.setswitchinterval(interval / 10)
         try:
-            future.set_result(load(name, threads, waiting))
+            future.set_result(load())
         except BaseException as error:
             future.set_exception(error)
         finally:

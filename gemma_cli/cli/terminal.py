@@ -12,6 +12,20 @@ except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
 
+def shows_more_than_lines() -> bool:
+    """Whether standard output is a terminal on which something can be drawn again."""
+    return sys.stdout.isatty() and os.environ.get("TERM") not in {None, "", "dumb", "unknown"}
+
+
+def size() -> os.terminal_size:
+    """The columns and rows of standard output's terminal; COLUMNS can make it narrower."""
+    columns, rows = os.get_terminal_size(sys.stdout.fileno())
+    stated = os.environ.get("COLUMNS", "")
+    if stated.isdecimal() and int(stated):
+        columns = min(columns, int(stated))
+    return os.terminal_size((columns or 80, rows or 24))
+
+
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
     """Gives a function that raises KeyboardInterrupt if Ctrl-C was pressed.
