@@ -101,3 +101,14 @@ def test_a_signal_leaves_the_terminal_as_it_was(home: Path) -> None:
         terminal.send_signal(signal.SIGTERM)
         assert terminal.wait() == 128 + signal.SIGTERM
         assert terminal.modes == before
+
+
+def test_reading_a_long_message_can_be_stopped(home: Path) -> None:
+    with Terminal(home, *endless(home)) as terminal:
+        terminal.wait_for(r"0 of 50,000 tokens")
+        terminal.type("\x1b[200~" + "the man met ten men\n" * 1200 + "\x1b[201~\r")
+        terminal.wait_for(r"Reading the prompt")
+        terminal.type(CTRL_C)
+        terminal.wait_for(r"in the prompt again\.\n[\s\S]*the man met ten men\n[\s\S]* 0 of 50,000")
+        terminal.type(CTRL_C + CTRL_C)
+        assert terminal.wait() == 0

@@ -266,7 +266,10 @@ def send(chat: Chat, text: str) -> str:
     except PromptTooLong as error:
         output.note(f"{error} This turn was left out; /clear starts again.")
         return ""
-    return text if answer.finish_reason == "interrupted" and not answer.ids else ""
+    if answer.finish_reason != "interrupted" or answer.ids:
+        return ""
+    output.note("Stopped before the answer began: your message is in the prompt again.")
+    return text
 
 
 def obey(chat: Chat, command: str) -> str:
