@@ -20,6 +20,7 @@ from gemma_cli.runtime import Model
 from gemma_cli.text.chat import Turn, chat_prompt, raw_prompt
 from gemma_cli.text.tokenizer import Tokenizer
 from quantize.checkpoint import open_checkpoint
+from quantize.modelfile import ModelFile
 
 WRITTEN = Path(__file__).parent / "written"
 COMMANDS = ("quantize", "run", "chat", "map", "bench", "eval", "inspect", "tokenize", "models")
