@@ -31,6 +31,16 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("gemma-cli", appauthor=False)
 
 
+def state_folder() -> Path:
+    """`$GEMMA_CLI_HOME/state`, else the platform's folder for what programs remember of their
+    use."""
+    if home := os.environ.get("GEMMA_CLI_HOME"):
+        return Path(home) / "state"
+    import platformdirs  # noqa: PLC0415
+
+    return platformdirs.user_state_path("gemma-cli", appauthor=False)
+
+
 def list_models() -> list[Path]:
     """The model files in the models folder, by name; hidden files are other programs' or ours
     in the making."""

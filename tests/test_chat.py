@@ -5,7 +5,7 @@ import re
 import pytest
 from tiny_tokenizer import MARKERS, SPECIAL, processor, train
 
-from gemma_cli.text.chat import Turn, chat_prompt, raw_prompt, stop_ids
+from gemma_cli.text.chat import Turn, chat_prompt, raw_prompt, stop_ids, turn_ids
 from gemma_cli.text.tokenizer import Tokenizer
 from quantize.errors import GemmaError
 
@@ -53,6 +53,41 @@ def test_a_conversation_is_gemmas_template(
     turns: list[Turn], system: str | None, rendered: str
 ) -> None:
     assert chat_prompt(TOKENIZER, turns, system) == template_ids(rendered)
+
+
+def test_a_models_own_ids_stand_in_its_turns() -> None:
+    ids = tuple(TOKENIZER.encode("is") + TOKENIZER.encode(" wa") + TOKENIZER.encode("rm"))
+    assert list(ids) != TOKENIZER.encode("is warm")
+    asked, answered = Turn("user", "the sun"), Turn("model", "is warm", ids)
+    before = template_ids("<bos><start_of_turn>user\nthe sun<end_of_turn>\n<start_of_turn>model\n")
+    after = template_ids("<end_of_turn>\n<start_of_turn>user\nand<end_of_turn>\n")
+    after += template_ids("<start_of_turn>model\n")
+    conversation = [asked, answered, Turn("user", "and")]
+    assert chat_prompt(TOKENIZER, conversation, None) == [*before, *ids, *after]
+    assert chat_prompt(TOKENIZER, [asked, answered], None) == [*before, *ids]  # it goes on
+
+
+def test_a_transcript() -> None:
+    def ids(*texts: str) -> list[int]:
+        return [token for text in texts for token in ORACLE.encode(text)]
+
+    turns = [Turn("user", " the sun\n"), Turn("model", "is warm"), Turn("user", "and?")]
+    first, second, third = turn_ids(TOKENIZER, turns, "Be a model.", "transcript")
+    assert first == [TOKENIZER.bos_id, *ids("Be a model.\n\n", "User: the sun", "\n")]
+    assert second == ids("Assistant: is warm", "\n")
+    assert third == ids("User: and?", "\n", "Assistant:")
+    own = Turn("model", " is warm", tuple(ids(" is", " warm")))
+    first, second = turn_ids(TOKENIZER, [turns[0], own], None, "transcript")
+    assert first == [TOKENIZER.bos_id, *ids("User: the sun", "\n")]
+    assert second == ids("Assistant:", " is", " warm")
+
+
+def test_raw_goes_on_with_the_last_text_alone() -> None:
+    turns = [Turn("user", "the sun"), Turn("model", "is warm"), Turn("user", " and ")]
+    assert turn_ids(TOKENIZER, turns, None, "raw") == [[], [], raw_prompt(TOKENIZER, " and ")]
+    own = Turn("model", "is", tuple(ORACLE.encode("is")))
+    said = turn_ids(TOKENIZER, [*turns, own], None, "raw")
+    assert said == [[], [], raw_prompt(TOKENIZER, " and "), list(own.ids or ())]
 
 
 @pytest.mark.parametrize("piece", [*SPECIAL, *MARKERS])

@@ -1,102 +1,29 @@
 """The command line as its users and their scripts meet it, on small random Gemmas."""
 
-import io
 import json
-import os
 import re
 import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
+from program import CONTEXT, GOLDEN, Cli, load, program
+from terminals import Terminal
 
 from gemma_cli.cli import output
-from gemma_cli.cli.main import execute
-from gemma_cli.runtime import Model, compilation
+from gemma_cli.runtime import Model
 from gemma_cli.text.chat import Turn, chat_prompt, raw_prompt
 from gemma_cli.text.tokenizer import Tokenizer
 from quantize.checkpoint import open_checkpoint
 from quantize.modelfile import ModelFile
-from quantize.pipeline import quantize
 
-GOLDEN = Path(__file__).parent / "golden"
 WRITTEN = Path(__file__).parent / "written"
-CONTEXT = 50_000
 COMMANDS = ("quantize", "run", "chat", "map", "bench", "eval", "inspect", "tokenize", "models")
-
-
-@dataclass
-class Result:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, object]:
-        value: dict[str, object] = json.loads(self.out)
-        return value
-
-
-Cli = Callable[..., Result]
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `$GEMMA_CLI_HOME` with two models: `base`, and `chat` with a long context."""
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "cache").mkdir()
-    (folder / "cache" / "kernels").symlink_to(compilation.FOLDER.parent)  # compiled once for all
-    base = GOLDEN / "gemma-mha"
-    quantize(open_checkpoint(base), folder / "models" / "base.safetensors", bits=32)
-    chat = folder / "checkpoint"
-    shutil.copytree(GOLDEN / "gemma3-shards", chat)
-    (chat / "tokenizer_config.json").write_text('{"chat_template": "not rendered"}')
-    config = json.loads((chat / "config.json").read_text())
-    (chat / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
-    quantize(open_checkpoint(chat), folder / "models" / "chat.safetensors", bits=32)
-    model = load(folder, "base")[0]
-    model.forward([2], model.new_cache(1))  # compiles, if that was not done yet
-    return folder
-
-
-@pytest.fixture
-def cli(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
-) -> Iterator[Cli]:
-    """Runs the program in this process."""
-    monkeypatch.setenv("GEMMA_CLI_HOME", str(home))
-    monkeypatch.delenv("GEMMA_CLI_MODEL", raising=False)
-    handler = signal.getsignal(signal.SIGPIPE)
-
-    def run(*args: str | Path, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "argv", ["gemma-cli", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = execute()
-        out, err = capfdbinary.readouterr()
-        return Result(status, out.decode("utf-8", "surrogateescape"), err.decode())
-
-    yield run
-    signal.signal(signal.SIGPIPE, handler)
-
-
-def program(home: Path) -> tuple[list[str], dict[str, str]]:
-    """The command and the environment to run the program as a process of its own."""
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"GEMMA_CLI_HOME": str(home), "PYTHONPATH": root, "TERM": "xterm"}
-    return [sys.executable, "-m", "gemma_cli"], environment
-
-
-def load(home: Path, name: str) -> tuple[Model, Tokenizer]:
-    file = ModelFile.open(home / "models" / f"{name}.safetensors")
-    return Model(file), Tokenizer(file.tokenizer_model)
 
 
 def greedy(model: Model, prompt_ids: list[int], n: int) -> list[int]:
@@ -295,39 +222,6 @@ def test_text_for_a_terminal() -> None:
 # What a terminal and a shell do
 
 
-def spawn_on_terminal(home: Path, *args: str) -> tuple[subprocess.Popen[bytes], int]:
-    """The program with a terminal for all three streams, and the terminal's other end."""
-    ours, theirs = os.openpty()
-    # Its controlling terminal, so that Ctrl-C typed there interrupts it.
-    start = (
-        "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        "runpy.run_module('gemma_cli', run_name='__main__')"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", start, *args],
-        env=program(home)[1],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    return process, ours
-
-
-def read_until(terminal: int, pattern: bytes = b"", timeout: float = 60) -> bytes:
-    """What comes out of a terminal until it matches, or until the program leaves."""
-    seen, deadline = b"", time.monotonic() + timeout
-    while not (pattern and re.search(pattern, seen)):
-        ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
-        assert ready, f"no {pattern!r} in {seen!r}"
-        try:
-            seen += os.read(terminal, 65536)
-        except OSError:  # the other end is closed
-            break
-    return seen
-
-
 NOISE = ("-t", "9", "--top-k", "0", "--top-p", "1", "--seed", "1", "-n", "200")
 
 
@@ -337,30 +231,11 @@ def test_no_control_characters_reach_a_terminal(cli: Cli, home: Path) -> None:
     assert in_json(piped) == cli(*args, "--json").json["text"]  # not a byte of ours
     assert re.search("[\x00-\x08\x0b-\x1f\x7f]", piped)  # this model does try
 
-    process, terminal = spawn_on_terminal(home, *args)
-    shown = read_until(terminal).decode()
-    assert process.wait() == 0
+    with Terminal(home, *args, height=200) as terminal:
+        assert terminal.wait() == 0
     # The terminal itself turns each newline into two characters; the last one ends our line.
+    shown = terminal.received.decode()
     assert shown.replace("\r\n", "\n") == output.clean(piped) + "\n"
-
-
-def test_a_conversation_on_a_terminal(home: Path) -> None:
-    process, terminal = spawn_on_terminal(home, "chat", "-m", "chat", "-t", "0", "-c", str(CONTEXT))
-
-    def type_at_prompt(keys: bytes) -> bytes:
-        seen = read_until(terminal, rb"> $")
-        time.sleep(0.5)  # keys between showing the prompt and waiting for input can get lost
-        os.write(terminal, keys)
-        return seen
-
-    type_at_prompt(b"the man\n")
-    read_until(terminal, rb"the man\r\n[^>]{20}")
-    os.write(terminal, b"\x03")  # Ctrl-C stops the answer, not the program
-    type_at_prompt(b"/clear\n")
-    assert b"Cleared" in type_at_prompt(b"\x03")  # and nothing at the prompt
-    assert b"leaves" in type_at_prompt(b"\x04")
-    read_until(terminal)
-    assert process.wait(30) == 0
 
 
 def test_ctrl_c(home: Path) -> None:
@@ -471,9 +346,26 @@ def test_chat_says_when_the_context_is_full(cli: Cli) -> None:
 
 
 def test_chat_with_a_base_model(cli: Cli) -> None:
-    result = cli("chat", "-m", "base", "-t", "0", "-n", "5", stdin=b"the man\n")
+    result = cli("chat", "-m", "base", "--raw", "-t", "0", "-n", "5", stdin=b"the man\n")
     assert result.out == cli("run", "-m", "base", "-t", "0", "-n", "5", "the man").out + "\n"
     assert "base model" in result.err
+
+
+def test_chat_with_a_base_model_is_a_transcript(cli: Cli, home: Path) -> None:
+    model, tokenizer = load(home, "base")
+    args = ("chat", "-m", "base", "-t", "0", "-n", "5", "--system", "be lean")
+    result = cli(*args, "--json", stdin=b"the man\nten hens\n")
+    first, second = [json.loads(line) for line in result.out.splitlines()]
+    assert "base model" in result.err
+    prompt = [tokenizer.bos_id]
+    for text in ("be lean\n\n", "User: the man", "\n", "Assistant:"):
+        prompt += tokenizer.encode(text)
+    assert first["ids"] == greedy(model, prompt, 5)
+    prompt += first["ids"]
+    for text in ("\n", "User: ten hens", "\n", "Assistant:"):
+        prompt += tokenizer.encode(text)
+    assert second["ids"] == greedy(model, prompt, 5)
+    assert second["prompt_tokens"] == len(prompt)
 
 
 def test_drafts_change_no_answer(cli: Cli) -> None:

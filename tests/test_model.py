@@ -1,5 +1,6 @@
 """A whole model: the same bits however its tokens are given to it, whatever logits are wanted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,59 @@ def test_a_copied_cache_goes_on_like_the_first(model: Model) -> None:
     twin = cache.copy()
     expected = model.forward(ids[75:], cache)
     np.testing.assert_array_equal(model.forward(ids[75:], twin), expected)
+
+
+@pytest.mark.parametrize("kind", ["f16", "int8"])
+@pytest.mark.parametrize("n", [5, 64, 90])
+def test_a_restored_cache_goes_on_like_the_first(model: Model, kind: str, n: int) -> None:
+    """Also in a longer context, and where sliding windows have gone round."""
+    cache = model.new_cache(120, kind)
+    model.forward(random_ids(model, n), cache)
+    state = cache.state()
+    arrays = {name: array.copy() for name, array in state.arrays.items()}
+    twin = model.new_cache(150, kind)
+    model.forward(random_ids(model, 30, seed=3), twin)
+    twin.restore(replace(state, arrays=arrays))
+    more = random_ids(model, 20, seed=4)
+    np.testing.assert_array_equal(model.forward(more, twin), model.forward(more, cache))
+
+
+def test_a_state_that_does_not_fit_is_refused(model: Model) -> None:
+    cache = model.new_cache(120)
+    model.forward(random_ids(model, 90), cache)
+    state = cache.state()
+    twin = model.new_cache(120)
+    arrays = dict(state.arrays)
+    cut = {name: array[:, :, :-16] for name, array in arrays.items()}
+    for wrong in (
+        replace(state, length=121, reach=121),
+        replace(state, length=0),
+        replace(state, reach=80),
+        replace(state, ring=state.ring + 16),
+        replace(state, arrays=cut),
+        replace(state, arrays=dict(list(arrays.items())[1:])),
+        replace(state, arrays={name: array.astype(np.float32) for name, array in arrays.items()}),
+    ):
+        with pytest.raises(ValueError, match=r"\S"):
+            twin.restore(wrong)
+        assert twin.length == 0
+    with pytest.raises(ValueError, match="layers"):
+        model.new_cache(120, "int8").restore(state)
+    with pytest.raises(ValueError, match="context of 60"):
+        model.new_cache(60).restore(state)
+
+
+def test_what_a_window_has_lost_stays_lost(model: Model) -> None:
+    """However often a cache is truncated, and when it is restored."""
+    ids = random_ids(model, 90)
+    cache = model.new_cache(120)
+    model.forward(ids, cache)
+    cache.truncate(75)
+    for held in (cache, cache.copy()):
+        if any(model.config.sliding_layers):  # the window is 8 tokens, its ring 64
+            with pytest.raises(ValueError, match="no longer holds"):
+                held.truncate(19)
+        held.truncate(60)
+        expected = model.new_cache(120)
+        model.forward(ids[:60], expected)
+        np.testing.assert_array_equal(model.forward([5], held), model.forward([5], expected))

@@ -1,8 +1,9 @@
-"""What `run`, `chat` and `map` share: making answers and printing them in the form asked for."""
+"""What `run`, `chat` and `map` share: how answers are made, and the form they are printed in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,22 +12,21 @@ from quantize.errors import GemmaError
 
 if TYPE_CHECKING:
     from gemma_cli.answer import Answer
-    from gemma_cli.cli.loading import Loaded
-    from gemma_cli.runtime import KVCache
-    from gemma_cli.sampling import Sampler
+    from gemma_cli.runtime import Model
+    from gemma_cli.sampling import Sampling
     from quantize.modelfile import ModelFile
 
 RAW_TOKENS = 256  # a base model rarely ends by itself
 
 
-def make_sampler(file: ModelFile, given: Mapping[str, Any]) -> Sampler:
+def make_sampling(file: ModelFile, given: Mapping[str, Any]) -> Sampling:
     """From the options given, else the model file's defaults, else Gemma's."""
-    from gemma_cli.sampling import Sampler, Sampling
+    from gemma_cli.sampling import Sampling
 
     types: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float}
     try:
         defaults = {name: types[name](x) for name, x in file.sampling.items() if name in types}
-        return Sampler(Sampling(**{**defaults, **given}))
+        return Sampling(**{**defaults, **given})
     except (TypeError, ValueError) as error:
         raise GemmaError(
             f"{file.path} has sampling defaults that cannot be used ({error}); convert the "
@@ -42,12 +42,13 @@ class Form:
     ndjson: bool
     stats: bool
     newline: bool  # after an answer; it is not the model's
+    write: Callable[[str], None] = output.write  # for text
 
     def piece(self, text: str) -> None:
         if self.ndjson:
             output.write_json({"token": text})
         elif not self.json:
-            output.write(text)
+            self.write(text)
 
     def end(self, answer: Answer, load_s: float) -> None:
         """Prints what comes after the pieces."""
@@ -82,32 +83,7 @@ def as_json(answer: Answer, load_s: float) -> dict[str, object]:
     }
 
 
-def answer_prompt(
-    loaded: Loaded,
-    cache: KVCache,
-    prompt_ids: Sequence[int],
-    sample: Sampler,
-    form: Form,
-    *,
-    stops: Sequence[str],
-    max_tokens: int | None,
-    draft: bool,
-) -> Answer:
-    """Makes and prints one answer, with a progress bar if reading the prompt takes a while."""
-    from gemma_cli.answer import respond
-
-    # A prompt of one chunk is read before a bar could move.
-    new = len(prompt_ids) - cache.length
-    with output.progress_bar("Reading the prompt", new, shown=new > loaded.model.chunk_size) as bar:
-        return respond(
-            loaded.model,
-            loaded.tokenizer,
-            cache,
-            prompt_ids,
-            sample,
-            emit=form.piece,
-            stops=stops,
-            max_tokens=max_tokens,
-            draft=draft,
-            progress=bar,
-        )
+def reading(model: Model, new: int) -> AbstractContextManager[output.Update]:
+    """A progress bar for a prompt of which so many ids are to be read; for the shortest, none."""
+    # What is one chunk is read before a bar could move.
+    return output.progress_bar("Reading the prompt", new, shown=new > model.chunk_size)

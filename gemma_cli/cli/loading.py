@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Thread
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from gemma_cli.text.tokenizer import Tokenizer
     from quantize.config import GemmaConfig
     from quantize.modelfile import ModelFile
+
+T = TypeVar("T")
 
 DEFAULT_CONTEXT = 4096
 ROOM_FOR_ANSWER = 1024  # beyond a prompt that makes the context longer than its default
@@ -46,19 +51,23 @@ def load_tokenizer(file: ModelFile) -> Tokenizer:
     return Tokenizer(file.tokenizer_model)
 
 
-def load_model(file: ModelFile, threads: int | None) -> Model:
+Waiting = Callable[[str], AbstractContextManager[None]]
+"""Says what takes so long while it does."""
+
+
+def load_model(file: ModelFile, threads: int | None, waiting: Waiting = output.waiting) -> Model:
     """Compiles the kernels first if this machine has not done so yet."""
     from gemma_cli.runtime import Model
     from gemma_cli.runtime.compilation import needs_compiling
 
     model = Model(file, threads)
     if needs_compiling():
-        with output.waiting("Compiling for this CPU: once, up to half a minute."):
+        with waiting("Compiling for this CPU: once, up to half a minute."):
             model.forward([0], model.new_cache(1))
     return model
 
 
-def load(name: str | None, threads: int | None) -> Loaded:
+def load(name: str | None, threads: int | None, waiting: Waiting = output.waiting) -> Loaded:
     """Opens a model file; the tokenizer loads while the kernels do."""
     # Loading makes objects by the hundred thousand that live to the end: looking through them for
     # garbage again and again would take a tenth of a second.
@@ -67,10 +76,30 @@ def load(name: str | None, threads: int | None) -> Loaded:
     _read_ahead(file.path)
     with ThreadPoolExecutor(1) as pool:
         tokenizer = pool.submit(load_tokenizer, file)
-        loaded = Loaded(file, model=load_model(file, threads), tokenizer=tokenizer.result())
+        model = load_model(file, threads, waiting)
+        loaded = Loaded(file, tokenizer.result(), model)
     gc.freeze()
     gc.enable()
     return loaded
+
+
+def meanwhile(load: Callable[[], T]) -> Future[T]:
+    """Has something loaded in a thread of its own, while someone types."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        # Who types waits for the interpreter's lock as long as this.
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(interval / 10)
+        try:
+            future.set_result(load())
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            sys.setswitchinterval(interval)
+
+    Thread(target=work, daemon=True).start()
+    return future
 
 
 def _read_ahead(path: Path) -> None:

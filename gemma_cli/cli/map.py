@@ -63,7 +63,7 @@ def map_lines(
     )
     loaded = loading.load(model, threads)
     chatting = loading.wants_chat(loaded.file, chat, system)
-    sampling = answering.make_sampler(loaded.file, given).sampling
+    sampling = answering.make_sampling(loaded.file, given)
     if max_tokens is None and not chatting:
         max_tokens = answering.RAW_TOKENS
 
@@ -78,9 +78,8 @@ def map_lines(
     size = loading.context_size(loaded.file, context, len(prefix_ids) + room)
     cache = loaded.model.new_cache(size, kv.value)
     context_end(loaded.model, cache, prefix_ids, max_tokens)  # raises if it is too long for all
-    new = len(prefix_ids)
-    with output.progress_bar("Reading the prompt", new, shown=new > loaded.model.chunk_size) as bar:
-        loaded.model.forward(prefix_ids, cache, n_best=1, progress=bar)
+    with answering.reading(loaded.model, len(prefix_ids)) as progress:
+        loaded.model.forward(prefix_ids, cache, n_best=1, progress=progress)
     lines: deque[str] = deque()  # read, and not answered yet
 
     def prompts() -> Iterator[list[int]]:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -37,7 +39,15 @@ def write_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def note(text: str) -> None:
-    """Writes a line to standard error."""
+    """Writes a line to standard error; on a terminal, lines that are wrapped between words."""
+    if sys.stderr.isatty():
+        wrapper = textwrap.TextWrapper(
+            shutil.get_terminal_size().columns,
+            replace_whitespace=False,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        text = "\n".join(map(wrapper.fill, text.split("\n")))
     print(clean(text), file=sys.stderr, flush=True)
 
 

@@ -55,7 +55,7 @@ def run(
             "a --file, or text on standard input.",
             param_hint="PROMPT",
         )
-    sampling = options.given(
+    given = options.given(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -64,6 +64,9 @@ def run(
         seed=seed,
     )
     loaded = loading.load(model, threads)
+    from gemma_cli.answer import respond
+    from gemma_cli.sampling import Sampler
+
     chatting = loading.wants_chat(loaded.file, chat, system)
     prompt_ids = loading.prompt_ids(loaded.tokenizer, text, system, chatting)
     if max_tokens is None and not chatting:
@@ -72,19 +75,22 @@ def run(
     cache = loaded.model.new_cache(
         loading.context_size(loaded.file, context, len(prompt_ids) + room), kv.value
     )
-    sample = answering.make_sampler(loaded.file, sampling)
+    sampling = answering.make_sampling(loaded.file, given)
     form = answering.Form(json, ndjson, stats, newline=sys.stdout.isatty())
     load_s = perf_counter() - started
-    answer = answering.answer_prompt(
-        loaded,
-        cache,
-        prompt_ids,
-        sample,
-        form,
-        stops=stop or [],
-        max_tokens=max_tokens,
-        draft=draft,
-    )
+    with answering.reading(loaded.model, len(prompt_ids)) as progress:
+        answer = respond(
+            loaded.model,
+            loaded.tokenizer,
+            cache,
+            prompt_ids,
+            Sampler(sampling),
+            emit=form.piece,
+            stops=stop or [],
+            max_tokens=max_tokens,
+            draft=draft,
+            progress=progress,
+        )
     form.end(answer, load_s)
     if answer.finish_reason == "interrupted":
         raise typer.Exit(130)

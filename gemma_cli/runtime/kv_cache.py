@@ -12,6 +12,9 @@ A layer's memory, head by head, so that a head's tokens are one stream:
     scales  (n_kv_heads, capacity) for keys, the same for values; int8 only
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +31,21 @@ BLOCK = 16
 """Positions of a tile of keys; none lies across the end of a ring."""
 
 
+@dataclass(frozen=True, slots=True)
+class CacheState:
+    """What a cache holds of `length` tokens.
+
+    `arrays` has each layer's slots in use, `layers.N` (2 keys or values, n_kv_heads, slots,
+    head_dim) and for int8 `scales.N` (2, n_kv_heads, slots). A ring of `ring` slots (0: there is
+    none) has lost the tokens before the last `ring` of the `reach` that it once had.
+    """
+
+    length: int
+    reach: int
+    ring: int
+    arrays: Mapping[str, NDArray[np.generic]]
+
+
 class KVCache:
     """Keys and values of `length` tokens, float16 or int8 with one scale for a head and token.
 
@@ -40,6 +58,7 @@ class KVCache:
         self.kind = kind
         self.chunk_size = chunk_size
         self.length = 0
+        self._reach = 0  # the most tokens before the last truncation
         self._capacities = [
             -(-min(context, config.sliding_window + chunk_size if slides else context) // BLOCK)
             * BLOCK
@@ -78,15 +97,53 @@ class KVCache:
     def copy(self) -> "KVCache":
         """A cache of its own with the same tokens in it."""
         twin = KVCache(self.config, self.context, self.kind, self.chunk_size)
-        twin.length = self.length
-        slots = 0
-        for capacity in self._capacities:
-            layer = slice(slots, slots + capacity)
-            used = -(-min(self.length, capacity) // BLOCK) * BLOCK
-            for copied, original in zip(twin._heads(layer), self._heads(layer), strict=True):
-                copied[:, :, :used] = original[:, :, :used]
-            slots += capacity
+        twin.restore(self.state())
         return twin
+
+    def state(self) -> CacheState:
+        """What is in the cache; the arrays are views of its memory."""
+        reach = max(self._reach, self.length)
+        return CacheState(self.length, reach, self._ring, self._arrays(self.length))
+
+    def restore(self, state: CacheState) -> None:
+        """Holds from now on what a cache of the same model and kind held.
+
+        Its context may be another. Raises ValueError if the state does not fit; the cache is empty
+        then.
+        """
+        self.clear()
+        if not 0 < state.length <= min(state.reach, self.context):
+            raise ValueError(f"{state.length} tokens do not fit a context of {self.context}")
+        whole = state.reach <= state.ring or not state.ring  # no ring has lost anything
+        if state.ring != self._ring and not whole:
+            raise ValueError(f"a ring of {state.ring} tokens is not one of {self._ring}")
+        own = self._arrays(state.length)
+        if own.keys() != state.arrays.keys():
+            raise ValueError("the state has other layers")
+        for name, memory in own.items():
+            array = state.arrays[name]
+            if (array.shape, array.dtype) != (memory.shape, memory.dtype):
+                raise ValueError(f"{name} is {array.dtype} {array.shape}")
+        for name, memory in own.items():
+            memory[:] = state.arrays[name]
+        self.length = state.length
+        self._reach = state.length if whole else state.reach
+
+    @property
+    def _ring(self) -> int:
+        pairs = zip(self._capacities, self.config.sliding_layers, strict=True)
+        return max((capacity for capacity, slides in pairs if slides), default=0)
+
+    def _arrays(self, length: int) -> dict[str, NDArray[np.generic]]:
+        """The memory of each layer that `length` tokens take, as `CacheState` has it."""
+        arrays, slots = {}, 0
+        for layer, capacity in enumerate(self._capacities):
+            heads = self._heads(slice(slots, slots + capacity))
+            used = -(-min(length, capacity) // BLOCK) * BLOCK
+            for name, memory in zip(("layers", "scales"), heads, strict=False):
+                arrays[f"{name}.{layer}"] = memory[:, :, :used]
+            slots += capacity
+        return arrays
 
     def _heads(self, slots: slice) -> list[NDArray[np.generic]]:
         """A layer's memory, (2 keys or values, n_kv_heads, capacity, ...); scales where there are.
@@ -100,7 +157,7 @@ class KVCache:
         return [data, scales.reshape(2, n, -1)] if scales.size else [data]
 
     def clear(self) -> None:
-        self.length = 0
+        self.length = self._reach = 0
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens after the first `length`.
@@ -110,8 +167,9 @@ class KVCache:
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate {self.length} tokens to {length}")
-        for capacity in set(self._capacities) if length else ():
-            oldest_needed = max(0, length + 1 - self.config.sliding_window)
-            if capacity < self.context and oldest_needed < self.length - capacity:
-                raise ValueError(f"the sliding window no longer holds token {oldest_needed}")
+        reach = max(self._reach, self.length)
+        oldest_needed = max(0, length + 1 - self.config.sliding_window)
+        if length and self._ring and oldest_needed < reach - self._ring:
+            raise ValueError(f"the sliding window no longer holds token {oldest_needed}")
         self.length = length
+        self._reach = reach if length else 0

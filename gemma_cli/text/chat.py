@@ -1,25 +1,35 @@
-"""Prompts: the turns of Gemma 1 to 3, and plain text.
+"""Prompts: the turns of Gemma 1 to 3, a transcript for base models, and plain text.
 
-The format is built in; a template that comes with a checkpoint is never run. Markers are put in as
-ids, and a user's text is encoded apart from them, so whatever it spells it stays text.
+The formats are built in; a template that comes with a checkpoint is never run. Markers are put in
+as ids, and a user's text is encoded apart from them, so whatever it spells it stays text.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from gemma_cli.text.tokenizer import Tokenizer
 from quantize.errors import GemmaError
 
+START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
+
+Format = Literal["turns", "transcript", "raw"]
+"""How a conversation is laid out for a model: Gemma's turns, lines of a plain transcript, or as the
+last text alone, to go on with."""
+
+STOP_TEXTS: dict[Format, tuple[str, ...]] = {"turns": (), "transcript": ("\nUser:",), "raw": ()}
+"""The texts that end an answer, besides the ids that do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side said."""
+    """What one side said. A model's `ids` are its own: its text could be encoded differently."""
 
     role: Literal["user", "model"]
     text: str
+    ids: tuple[int, ...] | None = None
 
 
 def raw_prompt(tokenizer: Tokenizer, text: str | bytes) -> list[int]:
@@ -28,21 +38,60 @@ def raw_prompt(tokenizer: Tokenizer, text: str | bytes) -> list[int]:
 
 
 def chat_prompt(tokenizer: Tokenizer, turns: Sequence[Turn], system: str | None) -> list[int]:
-    """Return the ids of a conversation up to where the model answers.
+    """Return the ids of a conversation up to where the model answers, in Gemma's turns.
 
     As https://ai.google.dev/gemma/docs/core/prompt-structure lays it out and the template of the
     checkpoints does: a turn's text is stripped; there is no system role, so the system text stands
     in front of the first turn. Raises GemmaError if the tokenizer has no turn markers.
     """
-    start, end = _marker(tokenizer, "<start_of_turn>"), _marker(tokenizer, END_OF_TURN)
-    newline = tokenizer.encode("\n")
-    ids = [tokenizer.bos_id]
+    return list(chain.from_iterable(turn_ids(tokenizer, turns, system, "turns")))
+
+
+def turn_ids(
+    tokenizer: Tokenizer, turns: Sequence[Turn], system: str | None, format: Format
+) -> list[list[int]]:
+    """Return the ids of each turn; joined, they are the prompt.
+
+    The first turn's begin with BOS and the system text. The last turn's go up to where the model
+    answers, or, if it is the model's own, to where it goes on. Of a conversation that grows the ids
+    only grow. Raises GemmaError if the tokenizer lacks what the format takes.
+    """
+    parts: list[list[int]] = []
+    if format == "raw":
+        asked = max(i for i, turn in enumerate(turns) if turn.role == "user")
+        parts = [[] for _ in turns[:asked]] + [raw_prompt(tokenizer, turns[asked].text)]
+        return parts + [list(turn.ids or ()) for turn in turns[asked + 1 :]]
+    layout = _gemma_turn if format == "turns" else _transcript_turn
     prefix = f"{system}\n\n" if system else ""
     for turn in turns:
-        text = tokenizer.encode(f"{turn.role}\n{prefix}{turn.text.strip()}")
-        ids += [start, *text, end, *newline]
+        opening, said, closing = layout(tokenizer, turn, prefix)
+        parts.append([*opening, *said, *closing])
         prefix = ""
-    return [*ids, start, *tokenizer.encode("model\n")]
+    if turns[-1].role == "model":
+        del parts[-1][len(parts[-1]) - len(closing) :]
+    else:
+        parts[-1] += layout(tokenizer, Turn("model", "", ()), "")[0]
+    parts[0].insert(0, tokenizer.bos_id)
+    return parts
+
+
+_Layout = tuple[Sequence[int], Sequence[int], Sequence[int]]  # what is before, said, and after
+
+
+def _gemma_turn(tokenizer: Tokenizer, turn: Turn, prefix: str) -> _Layout:
+    start, end = _marker(tokenizer, START_OF_TURN), _marker(tokenizer, END_OF_TURN)
+    closing = [end, *tokenizer.encode("\n")]
+    if turn.ids is not None:
+        return [start, *tokenizer.encode(f"{turn.role}\n{prefix}")], turn.ids, closing
+    return [start], tokenizer.encode(f"{turn.role}\n{prefix}{turn.text.strip()}"), closing
+
+
+def _transcript_turn(tokenizer: Tokenizer, turn: Turn, prefix: str) -> _Layout:
+    name = "User:" if turn.role == "user" else "Assistant:"
+    newline = tokenizer.encode("\n")
+    if turn.ids is not None:
+        return tokenizer.encode(prefix + name), turn.ids, newline
+    return tokenizer.encode(prefix), tokenizer.encode(f"{name} {turn.text.strip()}"), newline
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:

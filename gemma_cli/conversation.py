@@ -1,0 +1,110 @@
+"""A session that goes on: its turns in a model's cache, and answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from gemma_cli.answer import Answer, respond
+from gemma_cli.generation import n_common
+from gemma_cli.sampling import Sampler, Sampling
+from gemma_cli.session import Session
+from gemma_cli.text.chat import STOP_TEXTS, Format, Turn, turn_ids
+
+if TYPE_CHECKING:
+    from gemma_cli.runtime import KVCache, Model
+    from gemma_cli.text.tokenizer import Tokenizer
+
+
+class Conversation:
+    """A session laid out for a model. The cache keeps what was read, so each turn reads only what
+    is new."""
+
+    def __init__(
+        self, session: Session, model: Model, tokenizer: Tokenizer, cache: KVCache, format: Format
+    ) -> None:
+        self.session = session
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.format: Format = format
+        self._cached: list[int] = []  # the ids in the cache
+
+    def prompt_ids(self) -> list[int]:
+        """The ids up to where the model answers the last turn, or goes on with its own."""
+        session = self.session
+        parts = turn_ids(self.tokenizer, session.turns, session.system, self.format)
+        return list(chain.from_iterable(parts))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the conversation, with what is around the turns."""
+        return len(self.prompt_ids()) if self.session.turns else 0
+
+    def rewind(self) -> int:
+        """Forgets what in the cache is not the prompt's beginning; returns how much of the prompt
+        is then to be read: at least the last id, as that gives the logits."""
+        prompt_ids = self.prompt_ids()
+        try:
+            self.cache.truncate(n_common(self._cached, prompt_ids[:-1]))
+        except ValueError:  # a sliding window has gone past it
+            self.cache.clear()
+        self._cached = prompt_ids[: self.cache.length]
+        return len(prompt_ids) - self.cache.length
+
+    def answer(
+        self,
+        sampling: Sampling,
+        *,
+        emit: Callable[[str], None],
+        stops: Sequence[str] = (),
+        max_tokens: int | None = None,
+        draft: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Answer:
+        """Answers the last turn, and adds the answer to the session if there is any.
+
+        A last turn of the model's own is gone on with and replaced. Each answer has a seed of its
+        own. Arguments and exceptions are those of `respond`.
+        """
+        self.rewind()
+        ids = prompt_ids = self.prompt_ids()
+        try:
+            answer = respond(
+                self.model,
+                self.tokenizer,
+                self.cache,
+                prompt_ids,
+                Sampler(sampling.at(self.session.n_answers)),
+                emit=emit,
+                stops=[*STOP_TEXTS[self.format], *stops],
+                max_tokens=max_tokens,
+                draft=draft,
+                progress=progress,
+            )
+            ids = [*prompt_ids, *answer.ids]
+        finally:
+            self._cached = ids[: self.cache.length]
+        if answer.ids or answer.finish_reason != "interrupted":
+            self._add(answer)
+        return answer
+
+    def _add(self, answer: Answer) -> None:
+        session, text, ids = self.session, answer.text, said(self.tokenizer, answer)
+        last = session.turns[-1]
+        if last.role == "model":
+            session.keep(len(session.turns) - 1)
+            text, ids = last.text + text, (*(last.ids or ()), *ids)
+        session.add(Turn("model", text, ids))
+
+
+def said(tokenizer: Tokenizer, answer: Answer) -> tuple[int, ...]:
+    """The ids of an answer's text: its own, up to where a stop text has cut it off."""
+    text, at = answer.text.encode("utf-8", "surrogateescape"), 0
+    for n, token in enumerate(answer.ids):
+        piece = tokenizer.token_bytes(token)
+        if not text.startswith(piece, at):
+            return (*answer.ids[:n], *tokenizer.encode(text[at:]))
+        at += len(piece)
+    return tuple(answer.ids)
