@@ -112,10 +112,9 @@ def open_torch(folder: Path, file: Path | None = None) -> Checkpoint:
     else:
         rename = from_hugging_face
         generation = config_from_hf(stated, str(config_path)).generation
-    matrices = [
-        name for name in weights if name.removesuffix(_SCALES) not in weights.keys() - {name}
-    ]
-    ours, has_images = text_tensors(matrices, lambda name: rename(name, generation), where)
+    scales = {name + _SCALES for name in weights}
+    names = (name for name in weights if name not in scales)
+    ours, has_images = text_tensors(names, lambda name: rename(name, generation), where)
     if "model_type" in stated:
         config = config_from_hf(stated, str(config_path))
     else:
