@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_cli.runtime.inputs import TOKENS
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import (
     BLOCK,
@@ -29,7 +30,6 @@ from gemma_cli.runtime.kv_cache import (
     VALUES,
 )
 from gemma_cli.runtime.layers import soft_cap
-from gemma_cli.runtime.matmul import TOKENS
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     absolute,

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from gemma_cli.runtime import attention, head, kv_cache, matmul
 from gemma_cli.runtime.embedding import embed
+from gemma_cli.runtime.inputs import FEW, Inputs, round_inputs, some_inputs
 from gemma_cli.runtime.kernel import entry, kernel
 from gemma_cli.runtime.layers import add, geglu, rms_norm, rotary_angles, rotate, soft_cap
-from gemma_cli.runtime.matmul import FEW, Inputs, quantize_row, some_inputs
+from gemma_cli.runtime.matrix import FORMAT, PLANES
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import address_of, load_f32, store_f32
 
@@ -52,7 +53,7 @@ class Shape(NamedTuple):
 class Weights(NamedTuple):
     """Addresses of everything that is read from the mapping, and the layers' kinds."""
 
-    matrices: NDArray[np.int64]  # (7 n_layers + 1, matmul.N_COLUMNS)
+    matrices: NDArray[np.int64]  # (7 n_layers + 1, matrix.N_COLUMNS)
     norms: NDArray[np.int64]  # (n_layers + 1, 6)
     slides: NDArray[np.bool_]  # (n_layers,)
     frequencies: NDArray[np.float64]  # (2 global or sliding, head_dim / 2), of rotary positions
@@ -61,14 +62,14 @@ class Weights(NamedTuple):
 class Scratch(NamedTuple):
     """Intermediate values of a chunk; `h` and `outputs` serve matrices of every width.
 
-    `h` has rows to spare up to a multiple of matmul.TOKENS.
+    `h` has rows to spare up to a multiple of inputs.TOKENS.
     """
 
     x: NDArray[np.float32]  # (chunk, hidden_size), the residual stream
     h: Inputs  # of the widest matrix
     outputs: NDArray[np.float32]  # (chunk, widest set of matrix outputs)
     queries: NDArray[np.float32]  # (chunk * n_heads * head_dim + what attention reads beyond,)
-    panels: NDArray[np.uint8]  # (n_threads, 16 matmul.PANEL)
+    panels: NDArray[np.uint8]  # (n_threads, matmul.scratch_bytes(chunk))
     angles: NDArray[np.float32]  # (2 global or sliding, 2 cos or sin, chunk, head_dim / 2)
     attention: attention.Scratch
     head: head.Scratch
@@ -102,7 +103,7 @@ def _start_token(t, thread, s, weights, scratch, tokens, positions, h):
             scratch.angles[kind, 1, t],
         )
     rms_norm(x, weights.norms[0, ATTN_NORM], s.rms_norm_eps, h.values[t])
-    quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
+    round_inputs(h, t, 0, h.values.shape[1])
 
 
 @stage
@@ -142,7 +143,7 @@ def _mix_token(t, thread, s, positions, window, scratch, mixed):
         attention.merge_spans(
             t, positions, n_rows, s, window, scratch.attention, thread, mixed.values[t]
         )
-    quantize_row(mixed.values[t], mixed.codes[t], mixed.scales[t], mixed.offsets[t])
+    round_inputs(mixed, t, 0, mixed.values.shape[1])
 
 
 @stage
@@ -152,7 +153,7 @@ def _add_token(t, thread, x, y, post_norm, next_norm, eps, h):
         rms_norm(y[t, : x.shape[1]], post_norm, eps, y[t, : x.shape[1]])
     add(x[t], y[t])
     rms_norm(x[t], next_norm, eps, h.values[t])
-    quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
+    round_inputs(h, t, 0, h.values.shape[1])
 
 
 @stage
@@ -163,10 +164,12 @@ def _gate_part(item, thread, gate_up, h):
     t, start = item // parts, item % parts * GATE_PART
     stop = min(start + GATE_PART, width)
     geglu(gate_up[t, start:stop], gate_up[t, width + start : width + stop], h.values[t, start:stop])
-    runs = slice(start // 32, stop // 32)
-    quantize_row(
-        h.values[t, start:stop], h.codes[t, start:stop], h.scales[t, runs], h.offsets[t, runs]
-    )
+    round_inputs(h, t, start, stop)
+
+
+@stage
+def _round_token(t, thread, h):
+    round_inputs(h, t, 0, h.values.shape[1])
 
 
 @stage
@@ -177,13 +180,13 @@ def _cap_token(t, thread, logits, cap):
 
 @kernel
 def _multiply(counters, row, thread, n_threads, matrices, h, y, panels):
-    items = matmul.ITEMS * n_threads
+    items = matmul.n_items(matrices, len(h.values), n_threads)
     matmul.matmul(counters, row, items, thread, matrices, h, y, panels, n_threads)
 
 
 def n_stages(n_layers: int) -> int:
     """Rows of counters that `forward` needs."""
-    return 1 + STAGES * n_layers + 4
+    return 1 + STAGES * n_layers + 5
 
 
 @entry
@@ -310,7 +313,10 @@ def forward(
         row = 1 + STAGES * s.n_layers
         embedding = matrices[7 * s.n_layers :]
         last = some_inputs(scratch.h, n - n_last, n, s.hidden_size)
-        if n_best and embedding[0, matmul.FORMAT] == matmul.PLANES:
+        if n_last < n:  # They were rounded as so many tokens are, and not for themselves.
+            _round_token(counters, row, n_last, thread, last)
+        row += 1
+        if n_best and embedding[0, FORMAT] == PLANES:
             items = matmul.ITEMS * n_threads
             head.prepare(counters, row, n_last, thread, last, scratch.head)
             head.rank(
@@ -335,7 +341,6 @@ def forward(
                 scratch.head,
                 s.final_soft_cap,
                 logits,
-                panels,
                 n_threads,
             )
         else:

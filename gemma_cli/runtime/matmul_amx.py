@@ -1,0 +1,227 @@
+"""Matrix products of many tokens by AMX, for `matmul`.
+
+    y[t, r] = sum over i of bf16(W[r, i]) bf16(x[t, i])
+
+Inputs come as blocks of bfloat16 (`inputs.Inputs`), weights are expanded to it, scales and all, and
+what is summed is float32. The units take 16 cycles for 16 tokens, 16 outputs and 32 inputs, in
+which two KB of operands could come from the L1 cache, but less than one from the L2. So
+
+- 32 tokens by 32 outputs are summed at once, in four tiles: each operand that is loaded is used
+  twice, which is one KB in 16 cycles;
+- PANEL inputs of 32 outputs are expanded at once, for all tokens. They and the block of inputs that
+  goes by (16 KB each) stay in the L1 cache, so only the inputs, half a KB in 16 cycles, come from
+  the L2. The sums go there and back between panels: another quarter of a KB;
+- SIDE tiles go through the inputs side by side. Their sums (512 KB for 512 tokens), the inputs
+  of a panel (256 KB) and those of the next one stay in the L2 cache. The sums lie close together
+  until they are complete, for a token's outputs are pages apart from the next one's.
+
+Expanding a tile takes as long as multiplying it by about 100 tokens.
+"""
+
+from gemma_cli.runtime.amx import (
+    TILE,
+    add_product,
+    configure,
+    load,
+    lost,
+    mark,
+    release,
+    store,
+    zero,
+)
+from gemma_cli.runtime.inputs import BLOCK_TOKENS, block_address, first_line
+from gemma_cli.runtime.kernel import kernel
+from gemma_cli.runtime.matrix import (
+    BF16,
+    CODEBOOK,
+    FORMAT,
+    GROUP_SIZE,
+    INT4,
+    INT4_CODEBOOK,
+    INT8,
+    N_IN,
+    PLANES,
+    SCALES,
+    run_bytes,
+    tile_address,
+    tile_bytes,
+)
+from gemma_cli.runtime.vector import (
+    expand_bf16,
+    expand_scaled_codebook,
+    expand_scaled_int8,
+    expand_scaled_planes,
+    load_f32,
+    prefetch,
+    store_f32,
+)
+
+FORMATS = (INT4, INT4_CODEBOOK, INT8, PLANES, BF16)
+
+PANEL = 256
+"""Inputs that are expanded at once, a multiple of 32."""
+
+PAIR = 2
+"""Tiles that are expanded at once."""
+
+SIDE = 16
+"""Tiles that go through the inputs side by side."""
+
+ITEMS = 8
+"""Items of a product for each thread, if there are so many times SIDE tiles."""
+
+_ROW = 4 * 16 * PAIR  # Bytes of a token's sums for a pair of tiles.
+_BLOCK = BLOCK_TOKENS * _ROW  # Of a block of tokens.
+_STEP = PAIR * TILE  # Of 32 inputs, of a pair of tiles or of a block of tokens.
+_LINE = 64
+
+
+def scratch_bytes(n_tokens: int) -> int:
+    """Bytes that a thread needs to multiply so many tokens."""
+    n_blocks = -(-n_tokens // BLOCK_TOKENS)
+    return 2 * _LINE + PANEL // 32 * _STEP + SIDE // PAIR * n_blocks * _BLOCK
+
+
+@kernel
+def n_items(n_tiles, n_threads):
+    """Into how many items a product is divided.
+
+    Each goes through all inputs, which are read from the L3 cache: the fewer the better.
+    """
+    return n_threads * max(1, min(ITEMS, n_tiles // (SIDE * n_threads)))
+
+
+@kernel
+def first_tile(item, n_tiles, n_threads):
+    """Where an item's tiles begin; those of the last one's successor, where they end."""
+    items = n_items(n_tiles, n_threads)
+    pairs = (n_tiles + PAIR - 1) // PAIR
+    return min(PAIR * (pairs * item // items), n_tiles)
+
+
+@kernel
+def _part_bytes(matrix, n):
+    """Bytes of n inputs of a tile, n a multiple of the group size; of PLANES the high nibbles'."""
+    if matrix[FORMAT] == BF16:
+        return 32 * n
+    group_size = matrix[GROUP_SIZE]
+    return n // group_size * (SCALES + group_size // 32 * run_bytes(matrix[FORMAT]))
+
+
+@kernel
+def _expand(matrix, tile, start, stop, target):
+    """Expands the inputs start to stop of a tile to tiles of bfloat16, _STEP bytes apart."""
+    fmt, group_size = matrix[FORMAT], matrix[GROUP_SIZE]
+    w, low = tile_address(matrix, tile)
+    for i in range(start, stop, 32):
+        if fmt == BF16:
+            expand_bf16(w + _part_bytes(matrix, i), target)
+        else:
+            within = i % group_size
+            scales = w + _part_bytes(matrix, i - within)
+            codes = scales + SCALES + within // 32 * run_bytes(fmt)
+            if fmt == INT8:
+                expand_scaled_int8(codes, 0, scales, target)
+            elif fmt == PLANES:
+                expand_scaled_planes(codes, low + 8 * i, scales, target)
+            else:
+                expand_scaled_codebook(codes, matrix[CODEBOOK], scales, target)
+        target += _STEP
+
+
+@kernel
+def _multiply_block(x, w, n_steps, sums, first):
+    """sums[t, r] += sum over i of x[t, i] w[r, i], or = for the `first` inputs of all.
+
+    x, w: addresses of the tiles of 32 tokens and of 32 outputs, _STEP bytes for 32 inputs; sums:
+    float32 (32, 32).
+    """
+    below = 16 * _ROW
+    if first:
+        zero(0)
+        zero(1)
+        zero(2)
+        zero(3)
+    else:
+        load(0, sums, _ROW)
+        load(1, sums + 64, _ROW)
+        load(2, sums + below, _ROW)
+        load(3, sums + below + 64, _ROW)
+    for _ in range(n_steps):
+        load(4, w, 64)
+        load(5, w + TILE, 64)
+        load(6, x, 64)
+        add_product(0, 6, 4)
+        add_product(1, 6, 5)
+        load(6, x + TILE, 64)
+        add_product(2, 6, 4)
+        add_product(3, 6, 5)
+        x, w = x + _STEP, w + _STEP
+    store(0, sums, _ROW)
+    store(1, sums + 64, _ROW)
+    store(2, sums + below, _ROW)
+    store(3, sums + below + 64, _ROW)
+
+
+@kernel
+def _fetch(address, n_bytes, part, parts):
+    """Asks the memory for one of several parts of so many bytes."""
+    start, stop = n_bytes * part // parts, n_bytes * (part + 1) // parts
+    for line in range(start // _LINE * _LINE, stop, _LINE):
+        prefetch(address + line)
+
+
+@kernel
+def _sum(matrix, first, last, h, panel, sums):
+    """Sums up to SIDE tiles; sums: address of float32 (pairs, n_tokens rounded up to 32, 32)."""
+    n_tokens, n_in = len(h.values), matrix[N_IN]
+    n_blocks = (n_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    n_pairs = (last - first + PAIR - 1) // PAIR
+    for start in range(0, n_in, PANEL):
+        stop = min(start + PANEL, n_in)
+        n_steps = (stop - start) // 32
+        n_bytes = _part_bytes(matrix, stop) - _part_bytes(matrix, start)
+        for pair in range(n_pairs):
+            tile = first + PAIR * pair
+            for i in range(min(PAIR, last - tile)):
+                _expand(matrix, tile + i, start, stop, panel + i * TILE)
+            next_pair = tile_address(matrix, tile + PAIR)[0] + _part_bytes(matrix, start)
+            for block in range(n_blocks):
+                x = block_address(h, block * BLOCK_TOKENS, start)
+                # What comes next comes near: the next panel's inputs, the next tiles' codes.
+                _fetch(x + n_steps * _STEP, n_steps * _STEP, pair, n_pairs)
+                for i in range(PAIR):
+                    _fetch(next_pair + i * tile_bytes(matrix), n_bytes, block, n_blocks)
+                out = sums + (pair * n_blocks + block) * _BLOCK
+                _multiply_block(x, panel, n_steps, out, start == 0)
+
+
+@kernel
+def _write(sums, n_tiles, n_tokens, y, y_stride):
+    """Writes what _sum has summed to its place."""
+    n_blocks = (n_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    for t in range(n_tokens):
+        for tile in range(n_tiles):
+            row = tile // PAIR * n_blocks * BLOCK_TOKENS + t
+            value = load_f32(sums + row * _ROW + tile % PAIR * 64)
+            store_f32(y + t * y_stride + 64 * tile, value)
+
+
+@kernel
+def multiply(matrix, first, last, h, y, y_stride, scratch):
+    """As matmul_panels.multiply, of inputs in blocks."""
+    line = first_line(scratch)
+    panel = line + _LINE
+    sums = panel + PANEL // 32 * _STEP
+    configure()
+    tile, side = first, SIDE
+    while tile < last:
+        stop = min(tile + side, last)
+        mark()
+        _sum(matrix, tile, stop, h, panel, sums)
+        if lost(line):
+            side = max(PAIR, side // 2)  # It may take less time than there was.
+            continue
+        _write(sums, stop - tile, len(h.values), y + 64 * (tile - first), y_stride)
+        tile, side = stop, SIDE
+    release()
