@@ -97,7 +97,7 @@ def product(case, out):
         _array(out + _OUT.codes, (n, N_IN), np.int8),
         _array(out + _OUT.scales, (n, N_IN // 32), np.float32),
         _array(out + _OUT.offsets, (n, N_IN // 32), np.int32),
-        _array(out, (0,), np.uint16),  # no blocks
+        _array(out, (0, 0), np.uint16),  # no blocks
     )
     for t in range(n):
         inputs.round_inputs(h, t, 0, N_IN)

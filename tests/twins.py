@@ -113,8 +113,9 @@ def bfloat16(values: Float32) -> Float64:
 
 
 def matmul_bfloat16(m: Matrix, x: Float32) -> tuple[Float64, Float64]:
-    """As matmul, of inputs and weights in bfloat16."""
-    w, inputs = bfloat16(m.weights), bfloat16(x)
+    """As matmul, of weights in bfloat16, and of inputs where the weights were not before."""
+    w = bfloat16(m.weights)
+    inputs = x.astype(np.float64) if m.format == "bf16" else bfloat16(x)
     return inputs @ w.T, np.abs(inputs) @ np.abs(w).T
 
 

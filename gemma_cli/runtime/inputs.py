@@ -1,7 +1,8 @@
 """The inputs of a matrix product, rounded as its kernels read them.
 
-For int4 and int8 weights they become int8, with one scale for 32 of them. Only where there are
-matrix units, many tokens become bfloat16 instead.
+For int4 and int8 weights they become int8, with one scale for 32 of them. Where there are matrix
+units, those of many tokens become bfloat16 instead. For bf16 weights, which are exact, each becomes
+three, the next of which holds what those before lack: together they have the 24 bits of a float32.
 """
 
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from gemma_cli.runtime.vector import (
     absolute,
     address_of,
     horizontal_max,
+    load_bf16,
     load_f32,
     splat,
     store_bf16,
@@ -38,14 +40,17 @@ class Inputs(NamedTuple):
     codes: NDArray[np.int8]  # (n_tokens, n_in)
     scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
     offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
-    # bfloat16 (n_tokens / 32 rounded up, n_in / 32, 32 tokens, 32 inputs) from the first cache line
-    # on; nothing without matrix units.
+    # For matrix units, a row for each part, bfloat16 (n_tokens / 32 rounded up, n_in / 32, 32
+    # tokens, 32 inputs) from the first cache line on.
     blocks: NDArray[np.uint16]
 
 
-def count_blocks(n_tokens: int, n_in: int) -> int:
-    """Elements of `blocks`."""
-    return -(-n_tokens // BLOCK_TOKENS) * BLOCK_TOKENS * n_in + 32 if isa.AMX else 0
+def allocate_blocks(n_tokens: int, n_in: int, exact: bool) -> NDArray[np.uint16]:
+    """Memory for `blocks`; exact: for bf16 weights, too."""
+    if not isa.AMX:
+        return np.zeros((0, 0), np.uint16)
+    size = -(-n_tokens // BLOCK_TOKENS) * BLOCK_TOKENS * n_in
+    return np.zeros((3 if exact else 1, size + 32), np.uint16)
 
 
 @kernel
@@ -86,11 +91,10 @@ def first_line(array):
 
 
 @kernel
-def block_address(h, t, i):
-    """Where a token's input lies in the blocks; t and i at the beginning of a block or within."""
-    n_runs = h.values.shape[1] // 32
-    block = t // BLOCK_TOKENS * n_runs + i // 32
-    return first_line(h.blocks) + 64 * (block * BLOCK_TOKENS + t % BLOCK_TOKENS) + 2 * (i % 32)
+def block_address(h, part, t, i):
+    """Where a token's inputs i to i + 31 lie in one part of the blocks."""
+    block = t // BLOCK_TOKENS * (h.values.shape[1] // 32) + i // 32
+    return first_line(h.blocks[part]) + 64 * (block * BLOCK_TOKENS + t % BLOCK_TOKENS)
 
 
 @kernel
@@ -109,7 +113,10 @@ def _round(h, t, start, stop):
     source = address_of(h.values[t])
     for i in range(start, stop, 32):
         first, second = load_f32(source + 4 * i), load_f32(source + 4 * i + 64)
-        store_bf16(block_address(h, t, i), first, second)
+        for part in range(len(h.blocks)):
+            target = block_address(h, part, t, i)
+            store_bf16(target, first, second)
+            first, second = first - load_bf16(target), second - load_bf16(target + 32)
 
 
 round_inputs = _round if isa.AMX else _round_to_codes

@@ -14,9 +14,9 @@ for 32 inputs, so that a group's dot product is an exact integer:
 For up to FEW tokens codes are used as they are read, at the memory's speed. For more they are
 expanded first, once for all tokens: to bytes, for the same sums in the same order
 (`matmul_panels`), or, where the CPU has matrix units, to bfloat16 (`matmul_amx`). Only there it
-makes a difference for a token whether it goes with FEW or with more: inputs and weights, or their
-products with the scales, lose up to 2^-9 of themselves by being rounded to bfloat16, inputs as
-int8 up to 2^-8 of the largest of 32.
+makes a difference for a token whether it goes with FEW or with more: bfloat16 takes up to 2^-8 of
+itself from an input, and from a weight where it is multiplied by its scale; int8 takes as much of
+the largest of 32 inputs.
 """
 
 from gemma_cli.runtime import isa, matmul_amx, matmul_panels

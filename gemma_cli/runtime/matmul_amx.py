@@ -2,9 +2,10 @@
 
     y[t, r] = sum over i of bf16(W[r, i]) bf16(x[t, i])
 
-Inputs come as blocks of bfloat16 (`inputs.Inputs`), weights are expanded to it, scales and all, and
-what is summed is float32. The units take 16 cycles for 16 tokens, 16 outputs and 32 inputs, in
-which two KB of operands could come from the L1 cache, but less than one from the L2. So
+Inputs come as blocks of bfloat16 (`inputs.Inputs`), those of bf16 weights in three parts, which
+are multiplied one after the other. Other weights are expanded to bfloat16, scales and all. Sums are
+float32. The units take 16 cycles for 16 tokens, 16 outputs and 32 inputs, in which two KB of
+operands could come from the L1 cache, but less than one from the L2. So
 
 - 32 tokens by 32 outputs are summed at once, in four tiles: each operand that is loaded is used
   twice, which is one KB in 16 cycles;
@@ -175,6 +176,7 @@ def _fetch(address, n_bytes, part, parts):
 def _sum(matrix, first, last, h, panel, sums):
     """Sums up to SIDE tiles; sums: address of float32 (pairs, n_tokens rounded up to 32, 32)."""
     n_tokens, n_in = len(h.values), matrix[N_IN]
+    n_parts = len(h.blocks) if matrix[FORMAT] == BF16 else 1
     n_blocks = (n_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     n_pairs = (last - first + PAIR - 1) // PAIR
     for start in range(0, n_in, PANEL):
@@ -187,13 +189,14 @@ def _sum(matrix, first, last, h, panel, sums):
                 _expand(matrix, tile + i, start, stop, panel + i * TILE)
             next_pair = tile_address(matrix, tile + PAIR)[0] + _part_bytes(matrix, start)
             for block in range(n_blocks):
-                x = block_address(h, block * BLOCK_TOKENS, start)
-                # What comes next comes near: the next panel's inputs, the next tiles' codes.
-                _fetch(x + n_steps * _STEP, n_steps * _STEP, pair, n_pairs)
+                # What comes next comes near: the next tiles' codes, the next panel's inputs.
                 for i in range(PAIR):
                     _fetch(next_pair + i * tile_bytes(matrix), n_bytes, block, n_blocks)
                 out = sums + (pair * n_blocks + block) * _BLOCK
-                _multiply_block(x, panel, n_steps, out, start == 0)
+                for part in range(n_parts):
+                    x = block_address(h, part, block * BLOCK_TOKENS, start)
+                    _fetch(x + n_steps * _STEP, n_steps * _STEP, pair, n_pairs)
+                    _multiply_block(x, panel, n_steps, out, start == 0 and part == 0)
 
 
 @kernel

@@ -19,7 +19,7 @@ from gemma_cli.runtime.forward import (
     forward,
     n_stages,
 )
-from gemma_cli.runtime.inputs import FEW, TOKENS, Inputs, count_blocks
+from gemma_cli.runtime.inputs import FEW, TOKENS, Inputs, allocate_blocks
 from gemma_cli.runtime.kv_cache import KVCache
 from gemma_cli.runtime.layers import rotary_frequencies
 from quantize import packing
@@ -134,6 +134,7 @@ class Model:
             # same places of a cache.
             return np.zeros((chunk + TOKENS, n + 64), dtype)
 
+        formats = self._weights.matrices[:, matrix.FORMAT]
         widest = max(c.hidden_size, c.intermediate_size, heads)
         outputs = max(c.hidden_size, 2 * c.intermediate_size, heads + 2 * c.n_kv_heads * c.head_dim)
         return Scratch(
@@ -143,7 +144,7 @@ class Model:
                 rows(widest, np.int8),
                 rows(widest // 32, np.float32),
                 rows(widest // 32, np.int32),
-                np.zeros(count_blocks(chunk, widest), np.uint16),
+                allocate_blocks(chunk, widest, bool((formats == matrix.BF16).any())),
             ),
             outputs=rows(outputs, np.float32),
             queries=np.zeros((chunk * c.n_heads + attention.ROWS) * c.head_dim, np.float32),
