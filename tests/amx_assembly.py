@@ -14,7 +14,7 @@ def main() -> None:
 
     import emulated_kernels  # noqa: PLC0415
 
-    for kernel in (emulated_kernels.multiply_block, emulated_kernels.share):
+    for kernel in (emulated_kernels.multiply_blocks, emulated_kernels.share):
         _, module = emulated_kernels.compile_only(kernel)
         machine, optimized = lowered.lower("amx", lowered.build_module({}), [module])
         print(f"# {kernel.__name__}")

@@ -17,7 +17,7 @@ from numba.core import codegen, cpu
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import amx, attention, inputs, matmul, matmul_amx, matrix
+from gemma_cli.runtime import amx, attention, inputs, matmul, matrix
 from gemma_cli.runtime.forward import Shape
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import BLOCK, CAPACITY, KEYS, VALUES
@@ -232,9 +232,9 @@ def attentions() -> tuple[Array, Callable[[Array, Array], None]]:
 
 
 @kernel
-def multiply_block(case, out):
-    numbers = _array(case, (3,), np.int64)
-    matmul_amx._multiply_block(case, numbers[0], numbers[1], out, numbers[2])
+def multiply_blocks(case, out):
+    numbers = _array(case, (4,), np.int64)
+    amx.multiply_blocks(case, numbers[0], numbers[1], out, numbers[2], numbers[3])
 
 
 @kernel

@@ -266,7 +266,7 @@ def test_amx_computes_with_nothing_but_loads_and_products(tmp_path: Path) -> Non
     assembly = run_for_assembly(tmp_path, "amx_assembly.py")
     found = [
         (name, *re.findall(r"%tmm(\d)", operands))
-        for name, operands in TILE_INSTRUCTION.findall(assembly["multiply_block"])
+        for name, operands in TILE_INSTRUCTION.findall(assembly["multiply_blocks"])
     ]
     sums = [("tilezero", *"0"), ("tilezero", *"1"), ("tilezero", *"2"), ("tilezero", *"3")]
     more_sums = [("tileloadd", tile) for _, tile in sums]

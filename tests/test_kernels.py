@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from gemma_cli.runtime import (
     attention,
+    attention_amx,
     head,
     inputs,
     isa,
@@ -29,9 +30,10 @@ from gemma_cli.runtime import (
     team,
     vector,
 )
+from gemma_cli.runtime.amx import BLOCK
 from gemma_cli.runtime.embedding import embed
 from gemma_cli.runtime.forward import Shape
-from gemma_cli.runtime.inputs import BLOCK_TOKENS, FEW, TOKENS, Inputs
+from gemma_cli.runtime.inputs import FEW, TOKENS, Inputs
 from quantize import packing
 from quantize.grouping import LINEAR_LEVELS, round_int4, round_int8
 from quantize.pipeline import IQ4_NL_LEVELS
@@ -261,8 +263,7 @@ def test_inputs_of_many_tokens_are_rounded_to_blocks_of_bfloat16(n_tokens: int) 
     h = Padded(x).inputs
     rest = x
     for part in h.blocks:
-        bits = part[-part.ctypes.data % 64 // 2 :][: -(-n_tokens // BLOCK_TOKENS) * 32 * 256]
-        rows = bits.reshape(-1, 256 // 32, BLOCK_TOKENS, 32).transpose(0, 2, 1, 3).reshape(-1, 256)
+        rows = part.reshape(-1, 256 // 32, BLOCK, 32).transpose(0, 2, 1, 3).reshape(-1, 256)
         np.testing.assert_array_equal(rows[:n_tokens], packing.to_bfloat16(rest))
         rest = rest - packing.from_bfloat16(rows[:n_tokens])
     assert not rest.any(), "three parts have all the bits"
@@ -544,6 +545,14 @@ def run_rows(counters, thread, q, position, cache, s, window, is_int8, scratch, 
     )
 
 
+@njit(nogil=True)
+def run_rows_amx(counters, thread, q, position, cache, s, window, is_int8, scratch, out):
+    items = attention_amx.n_row_items(len(out), s)
+    attention_amx.attend_rows(
+        counters, 0, items, thread, q, position, cache, s, window, is_int8, scratch, out
+    )
+
+
 class Cache:
     """One layer's keys and values; slots that nothing was written to hold NaN as float16."""
 
@@ -581,8 +590,8 @@ class Cache:
         return codes * scales if self.is_int8 else codes
 
 
-def shape(n_heads: int, n_kv_heads: int, cap: float) -> Shape:
-    return Shape(0, 0, 0, 0, n_heads, n_kv_heads, 0, 0, 0.0, 0.0, cap, 0.0)
+def shape(n_heads: int, n_kv_heads: int, cap: float, head_dim: int = 0) -> Shape:
+    return Shape(0, 0, 0, 0, n_heads, n_kv_heads, head_dim, 0, 0.0, 0.0, cap, 0.0)
 
 
 def grouped(q: Float32, n_kv_heads: int) -> Float32:
@@ -603,15 +612,18 @@ def attend_all(
     cap: float,
     chunk: int,
     n_threads: int,
+    amx: bool = False,
 ) -> Float32:
     """Attention of all tokens, a chunk at a time: (n, n_heads, head_dim)."""
     n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-    s = shape(n_heads, n_kv_heads, cap)
+    s = shape(n_heads, n_kv_heads, cap, head_dim)
     out = np.full((len(q), q[0].size), np.nan, np.float32)
     partials = attention.count_partials(n_heads, n_kv_heads, min(chunk, FEW), len(q))
-    scratch = attention.allocate(n_threads, head_dim, partials)
+    scratch: Any = attention.allocate(n_threads, head_dim, partials)
+    if amx:
+        scratch = attention_amx.allocate_scratch(n_threads, head_dim)
     for array in scratch:
-        array[:] = np.nan
+        array.view(np.uint8)[:] = 255  # NaN
     for start in range(0, len(q), chunk):
         part = slice(start, start + chunk)
         cache.store(k[part], v[part], start)
@@ -629,7 +641,8 @@ def attend_all(
                 caches = cache.table[None, None]
                 run_spans(counters, thread, rows, np.array([start]), caches, *rest)
             else:
-                run_rows(counters, thread, rows, start, cache.table, *rest)
+                run = run_rows_amx if amx else run_rows
+                run(counters, thread, rows, start, cache.table, *rest)
 
         on_threads(n_threads, work)
     return out.reshape(q.shape)
@@ -695,6 +708,38 @@ def test_attention_over_several_spans(window: int, kind: str) -> None:
         cache = Cache(kind, capacity, n_kv_heads, head_dim)
         out = attend_all(cache, q, k, v, window, 0.0, chunk, n_threads=2)
         np.testing.assert_array_equal(out, one_by_one)
+
+
+@pytest.mark.skipif(not isa.AMX, reason="of AMX")
+@pytest.mark.parametrize("kind", ["f16", "int8"])
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (1, 0.0), (40, 2.0), (300, 0.0)])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(6, 2, 64), (4, 1, 32)])
+def test_attention_by_amx_is_the_twins(
+    n_heads: int, n_kv_heads: int, head_dim: int, window: int, cap: float, kind: str
+) -> None:
+    """The same however many tokens go at once, over several spans, in rings that wrap around."""
+    n = attention.SPAN + 75
+    rng = np.random.default_rng(28)
+    q, k, v = random_heads(rng, n, n_heads, n_kv_heads, head_dim)
+    whole = Cache(kind, n, n_kv_heads, head_dim)
+    at_once = attend_all(whole, q, k, v, window, cap, n, n_threads=2, amx=True)
+    heads = whole.codes()[:, :n].astype(np.float32)
+    keys, values = twins.bfloat16(heads)  # which int8 codes are already
+    if kind == "int8":
+        key_scales, value_scales = whole.scales[:, :, :n, None].transpose(0, 2, 1, 3)
+        keys, values = keys * key_scales, values * value_scales
+    expected, magnitudes = twins.attention(twins.bfloat16(q), keys, values, window, cap)
+    # As in test_attention_is_the_twins, and a weight is rounded to bfloat16 before it is used.
+    score_error = ((head_dim + 2) * magnitudes + 4 * cap) * twins.EPSILON
+    relative = 2 * (score_error + 2e-7 + (n + 20) * twins.EPSILON) + 2.0**-8
+    error = np.abs(at_once - expected).max(-1)
+    assert (error <= relative * np.abs(values).max()).all()
+    for chunk, n_threads in ((17, 1), (150, 4)):
+        capacity = min(n, window + chunk) if window else n
+        cache = Cache(kind, capacity, n_kv_heads, head_dim)
+        out = attend_all(cache, q, k, v, window, cap, chunk, n_threads, amx=True)
+        n_many = n // chunk * chunk  # A rest may be FEW tokens.
+        np.testing.assert_array_equal(out[:n_many], at_once[:n_many])
 
 
 def test_attention_of_several_sequences() -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, head, kv_cache, matmul
+from gemma_cli.runtime import attention, attention_amx, head, isa, kv_cache, matmul
 from gemma_cli.runtime.embedding import embed
 from gemma_cli.runtime.inputs import FEW, Inputs, round_inputs, some_inputs
 from gemma_cli.runtime.kernel import entry, kernel
@@ -57,6 +57,7 @@ class Weights(NamedTuple):
     norms: NDArray[np.int64]  # (n_layers + 1, 6)
     slides: NDArray[np.bool_]  # (n_layers,)
     frequencies: NDArray[np.float64]  # (2 global or sliding, head_dim / 2), of rotary positions
+    exact: bool  # no matrix is rounded to codes
 
 
 class Scratch(NamedTuple):
@@ -72,6 +73,7 @@ class Scratch(NamedTuple):
     panels: NDArray[np.uint8]  # (n_threads, matmul.scratch_bytes(chunk))
     angles: NDArray[np.float32]  # (2 global or sliding, 2 cos or sin, chunk, head_dim / 2)
     attention: attention.Scratch
+    attention_amx: attention_amx.Scratch
     head: head.Scratch
 
 
@@ -132,6 +134,33 @@ def _place_head(item, thread, s, qkv, norms, angles, positions, caches, layer, i
         slot = _position(t, positions, n_tokens) % cache[kv_cache.CAPACITY]
         value = qkv[t, start : start + d]
         attention.store_head(vector, value, cache, head - s.n_heads, slot, is_int8)
+
+
+@kernel
+def _attend_rows(counters, row, thread, q, position, cache, s, window, is_int8, exact, scratch, y):
+    """Attention of many tokens of one sequence."""
+    items = attention.n_row_items(len(y), s)
+    attention.attend_rows(
+        counters, row, items, thread, q, position, cache, s, window, is_int8, scratch.attention, y
+    )
+
+
+@kernel
+def _attend_rows_amx(
+    counters, row, thread, q, position, cache, s, window, is_int8, exact, scratch, y
+):
+    if exact or s.head_dim % 32:
+        _attend_rows(
+            counters, row, thread, q, position, cache, s, window, is_int8, exact, scratch, y
+        )
+        return
+    items, own = attention_amx.n_row_items(len(y), s), scratch.attention_amx
+    attention_amx.attend_rows(
+        counters, row, items, thread, q, position, cache, s, window, is_int8, own, y
+    )
+
+
+_attend_many = _attend_rows_amx if isa.AMX else _attend_rows
 
 
 @stage
@@ -262,10 +291,9 @@ def forward(
                 scratch.attention,
             )
         else:
-            attention.attend_rows(
+            _attend_many(
                 counters,
                 row + 2,
-                attention.n_row_items(n, s),
                 thread,
                 queries,
                 positions[0],
@@ -273,7 +301,8 @@ def forward(
                 s,
                 window,
                 is_int8,
-                scratch.attention,
+                weights.exact,
+                scratch,
                 mixed.values,
             )
         _mix_token(counters, row + 3, n, thread, s, positions, window, scratch, mixed)

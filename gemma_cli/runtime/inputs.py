@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import isa
+from gemma_cli.runtime import amx, isa
+from gemma_cli.runtime.amx import BLOCK, STEP
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.vector import (
     absolute,
@@ -29,9 +30,6 @@ FEW = 16
 TOKENS = 8 if isa.AVX512 else 4
 """Tokens whose sums are held at once: what fits the vector registers."""
 
-BLOCK_TOKENS = 32
-"""Tokens of a block of bfloat16 inputs: the rows of two tiles of the matrix units."""
-
 
 class Inputs(NamedTuple):
     """Inputs as float32, and what they are rounded to, codes or blocks."""
@@ -40,8 +38,8 @@ class Inputs(NamedTuple):
     codes: NDArray[np.int8]  # (n_tokens, n_in)
     scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
     offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
-    # For matrix units, a row for each part, bfloat16 (n_tokens / 32 rounded up, n_in / 32, 32
-    # tokens, 32 inputs) from the first cache line on.
+    # bfloat16 for matrix units, a row for each part, (n_tokens / BLOCK rounded up, n_in / 32, BLOCK
+    # tokens, 32 inputs).
     blocks: NDArray[np.uint16]
 
 
@@ -49,8 +47,7 @@ def allocate_blocks(n_tokens: int, n_in: int, exact: bool) -> NDArray[np.uint16]
     """Memory for `blocks`; exact: for bf16 weights, too."""
     if not isa.AMX:
         return np.zeros((0, 0), np.uint16)
-    size = -(-n_tokens // BLOCK_TOKENS) * BLOCK_TOKENS * n_in
-    return np.zeros((3 if exact else 1, size + 32), np.uint16)
+    return amx.allocate((3 if exact else 1, -(-n_tokens // BLOCK) * BLOCK * n_in), np.uint16)
 
 
 @kernel
@@ -85,16 +82,15 @@ def quantize_row(x, codes, scales, offsets):
 
 
 @kernel
-def first_line(array):
-    """The address of the first cache line that begins in an array."""
-    return (address_of(array) + 63) // 64 * 64
+def block_offset(t, i, n_in):
+    """Where row t's inputs i to i + 31 lie in blocks of rows of n_in inputs, in bytes."""
+    return STEP * (t // BLOCK * (n_in // 32) + i // 32) + 64 * (t % BLOCK)
 
 
 @kernel
 def block_address(h, part, t, i):
     """Where a token's inputs i to i + 31 lie in one part of the blocks."""
-    block = t // BLOCK_TOKENS * (h.values.shape[1] // 32) + i // 32
-    return first_line(h.blocks[part]) + 64 * (block * BLOCK_TOKENS + t % BLOCK_TOKENS)
+    return address_of(h.blocks[part]) + block_offset(t, i, h.values.shape[1])
 
 
 @kernel

@@ -20,17 +20,16 @@ Expanding a tile takes as long as multiplying it by about 100 tokens.
 """
 
 from gemma_cli.runtime.amx import (
+    BLOCK,
+    STEP,
     TILE,
-    add_product,
     configure,
-    load,
     lost,
     mark,
+    multiply_blocks,
     release,
-    store,
-    zero,
 )
-from gemma_cli.runtime.inputs import BLOCK_TOKENS, block_address, first_line
+from gemma_cli.runtime.inputs import block_address
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.matrix import (
     BF16,
@@ -48,6 +47,7 @@ from gemma_cli.runtime.matrix import (
     tile_bytes,
 )
 from gemma_cli.runtime.vector import (
+    address_of,
     expand_bf16,
     expand_scaled_codebook,
     expand_scaled_int8,
@@ -72,15 +72,13 @@ ITEMS = 8
 """Items of a product for each thread, if there are so many times SIDE tiles."""
 
 _ROW = 4 * 16 * PAIR  # Bytes of a token's sums for a pair of tiles.
-_BLOCK = BLOCK_TOKENS * _ROW  # Of a block of tokens.
-_STEP = PAIR * TILE  # Of 32 inputs, of a pair of tiles or of a block of tokens.
 _LINE = 64
 
 
 def scratch_bytes(n_tokens: int) -> int:
     """Bytes that a thread needs to multiply so many tokens."""
-    n_blocks = -(-n_tokens // BLOCK_TOKENS)
-    return 2 * _LINE + PANEL // 32 * _STEP + SIDE // PAIR * n_blocks * _BLOCK
+    n_blocks = -(-n_tokens // BLOCK)
+    return _LINE + PANEL // 32 * STEP + SIDE // PAIR * n_blocks * BLOCK * _ROW
 
 
 @kernel
@@ -111,7 +109,7 @@ def _part_bytes(matrix, n):
 
 @kernel
 def _expand(matrix, tile, start, stop, target):
-    """Expands the inputs start to stop of a tile to tiles of bfloat16, _STEP bytes apart."""
+    """Expands the inputs start to stop of a tile to tiles of bfloat16, STEP bytes apart."""
     fmt, group_size = matrix[FORMAT], matrix[GROUP_SIZE]
     w, low = tile_address(matrix, tile)
     for i in range(start, stop, 32):
@@ -127,41 +125,7 @@ def _expand(matrix, tile, start, stop, target):
                 expand_scaled_planes(codes, low + 8 * i, scales, target)
             else:
                 expand_scaled_codebook(codes, matrix[CODEBOOK], scales, target)
-        target += _STEP
-
-
-@kernel
-def _multiply_block(x, w, n_steps, sums, first):
-    """sums[t, r] += sum over i of x[t, i] w[r, i], or = for the `first` inputs of all.
-
-    x, w: addresses of the tiles of 32 tokens and of 32 outputs, _STEP bytes for 32 inputs; sums:
-    float32 (32, 32).
-    """
-    below = 16 * _ROW
-    if first:
-        zero(0)
-        zero(1)
-        zero(2)
-        zero(3)
-    else:
-        load(0, sums, _ROW)
-        load(1, sums + 64, _ROW)
-        load(2, sums + below, _ROW)
-        load(3, sums + below + 64, _ROW)
-    for _ in range(n_steps):
-        load(4, w, 64)
-        load(5, w + TILE, 64)
-        load(6, x, 64)
-        add_product(0, 6, 4)
-        add_product(1, 6, 5)
-        load(6, x + TILE, 64)
-        add_product(2, 6, 4)
-        add_product(3, 6, 5)
-        x, w = x + _STEP, w + _STEP
-    store(0, sums, _ROW)
-    store(1, sums + 64, _ROW)
-    store(2, sums + below, _ROW)
-    store(3, sums + below + 64, _ROW)
+        target += STEP
 
 
 @kernel
@@ -177,7 +141,7 @@ def _sum(matrix, first, last, h, panel, sums):
     """Sums up to SIDE tiles; sums: address of float32 (pairs, n_tokens rounded up to 32, 32)."""
     n_tokens, n_in = len(h.values), matrix[N_IN]
     n_parts = len(h.blocks) if matrix[FORMAT] == BF16 else 1
-    n_blocks = (n_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    n_blocks = (n_tokens + BLOCK - 1) // BLOCK
     n_pairs = (last - first + PAIR - 1) // PAIR
     for start in range(0, n_in, PANEL):
         stop = min(start + PANEL, n_in)
@@ -192,20 +156,20 @@ def _sum(matrix, first, last, h, panel, sums):
                 # What comes next comes near: the next tiles' codes, the next panel's inputs.
                 for i in range(PAIR):
                     _fetch(next_pair + i * tile_bytes(matrix), n_bytes, block, n_blocks)
-                out = sums + (pair * n_blocks + block) * _BLOCK
+                out = sums + (pair * n_blocks + block) * BLOCK * _ROW
                 for part in range(n_parts):
-                    x = block_address(h, part, block * BLOCK_TOKENS, start)
-                    _fetch(x + n_steps * _STEP, n_steps * _STEP, pair, n_pairs)
-                    _multiply_block(x, panel, n_steps, out, start == 0 and part == 0)
+                    x = block_address(h, part, block * BLOCK, start)
+                    _fetch(x + n_steps * STEP, n_steps * STEP, pair, n_pairs)
+                    multiply_blocks(x, panel, n_steps, out, _ROW, start == 0 and part == 0)
 
 
 @kernel
 def _write(sums, n_tiles, n_tokens, y, y_stride):
     """Writes what _sum has summed to its place."""
-    n_blocks = (n_tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    n_blocks = (n_tokens + BLOCK - 1) // BLOCK
     for t in range(n_tokens):
         for tile in range(n_tiles):
-            row = tile // PAIR * n_blocks * BLOCK_TOKENS + t
+            row = tile // PAIR * n_blocks * BLOCK + t
             value = load_f32(sums + row * _ROW + tile % PAIR * 64)
             store_f32(y + t * y_stride + 64 * tile, value)
 
@@ -213,9 +177,9 @@ def _write(sums, n_tiles, n_tokens, y, y_stride):
 @kernel
 def multiply(matrix, first, last, h, y, y_stride, scratch):
     """As matmul_panels.multiply, of inputs in blocks."""
-    line = first_line(scratch)
+    line = address_of(scratch)
     panel = line + _LINE
-    sums = panel + PANEL // 32 * _STEP
+    sums = panel + PANEL // 32 * STEP
     configure()
     tile, side = first, SIDE
     while tile < last:

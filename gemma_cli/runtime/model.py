@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, head, isa, matmul, matrix, team
+from gemma_cli.runtime import amx, attention, attention_amx, head, isa, matmul, matrix, team
 from gemma_cli.runtime.forward import (
     MATRICES,
     NORMS,
@@ -114,7 +114,9 @@ class Model:
                 rotary_frequencies(config.head_dim, config.rope_local_base, 1.0),
             ]
         )
-        return Weights(matrices, norms, np.array(config.sliding_layers, np.bool_), frequencies)
+        slides = np.array(config.sliding_layers, np.bool_)
+        exact = bool(np.isin(matrices[:, matrix.FORMAT], (matrix.BF16, matrix.F32)).all())
+        return Weights(matrices, norms, slides, frequencies, exact)
 
     def _matrix(self, name: str) -> tuple[int, ...]:
         """A matrix's row of the kernels' table."""
@@ -148,9 +150,10 @@ class Model:
             ),
             outputs=rows(outputs, np.float32),
             queries=np.zeros((chunk * c.n_heads + attention.ROWS) * c.head_dim, np.float32),
-            panels=np.zeros((self.n_threads, matmul.scratch_bytes(chunk)), np.uint8),
+            panels=amx.allocate((self.n_threads, matmul.scratch_bytes(chunk)), np.uint8),
             angles=np.zeros((2, 2, chunk, c.head_dim // 2), np.float32),
             attention=attention.allocate(self.n_threads, c.head_dim, 0),
+            attention_amx=attention_amx.allocate_scratch(self.n_threads, c.head_dim),
             head=head.allocate(self.n_threads, c.hidden_size, self._n_tiles),
         )
 

@@ -447,6 +447,10 @@ def _to_bfloats(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
     return _call(b, name, ir.VectorType(_I16, 2 * LANES), [second, first])
 
 
+_SIDE_BY_SIDE = [LANES * (i % 2) + i // 2 for i in range(2 * LANES)]
+"""Lanes of two vectors, so that those with the same number become neighbours."""
+
+
 def _choose_lanes(b: ir.IRBuilder, vector: ir.Value, lanes: Sequence[int]) -> ir.Value:
     return b.shuffle_vector(vector, vector, _const(ir.VectorType(_I32, len(lanes)), lanes))
 
@@ -501,10 +505,9 @@ def expand_bf16(typingctx: Any, w: Any, target: Any):
     """As expand_scaled_codebook, of bfloat16 weights, those of 16 rows input by input."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        side_by_side = [16 * (i % 2) + i // 2 for i in range(2 * LANES)]
         for k in range(16):
             pair = _load(b, _offset(b, args[0], 64 * k), ir.VectorType(_I16, 2 * LANES))
-            _store(b, _offset(b, args[1], 64 * k), _choose_lanes(b, pair, side_by_side))
+            _store(b, _offset(b, args[1], 64 * k), _choose_lanes(b, pair, _SIDE_BY_SIDE))
         return context.get_dummy_value()
 
     return types.void(w, target), codegen
@@ -744,6 +747,17 @@ def store_bf16(typingctx: Any, address: Any, first: Any, second: Any):
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         _store(b, args[0], _to_bfloats(b, args[1], args[2]))
+        return context.get_dummy_value()
+
+    return types.void(address, first, second), codegen
+
+
+@intrinsic
+def store_bf16_pairs(typingctx: Any, address: Any, first: Any, second: Any):
+    """As store_bf16, with the lanes of both side by side: first[0], second[0], first[1], ..."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        _store(b, args[0], _choose_lanes(b, _to_bfloats(b, args[1], args[2]), _SIDE_BY_SIDE))
         return context.get_dummy_value()
 
     return types.void(address, first, second), codegen
