@@ -105,8 +105,7 @@ def product(case, out):
     counters[:] = 0
     y = _array(out + _OUT.y, (n, COLUMNS), np.float32)
     panels = _array(out + _OUT.panel, (1, PANEL_BYTES), np.uint8)
-    items = matmul.n_items(matrices, n, 1)
-    matmul.matmul(counters, 0, items, 0, matrices, h, y, panels, 1)
+    matmul.matmul(counters, 0, matmul.ITEMS, 0, matrices, h, y, panels, 1)
 
 
 def products() -> tuple[Array, Callable[[Array, Array], None]]:
@@ -201,8 +200,10 @@ def attend(case, out):
     q = _array(case + _A_IN.q, (N_KV_HEADS, QUERIES, HEAD_DIM), np.float32)
     y = _array(out + _A_OUT.y, (N, N_HEADS * HEAD_DIM), np.float32)
     window = _array(case + _A_IN.window, (1,), np.int64)[0]
-    items = attention.n_row_items(N, _SHAPE)
-    attention.attend_rows(counters, 0, items, 0, q, 0, cache, _SHAPE, window, False, scratch, y)
+    items = attention.n_row_items(N, _SHAPE, True)
+    attention.attend_rows(
+        counters, 0, items, 0, q, 0, cache, _SHAPE, window, False, True, (scratch,), y
+    )
 
 
 def attentions() -> tuple[Array, Callable[[Array, Array], None]]:

@@ -95,7 +95,7 @@ def quantize_rows(h):
 
 @njit(nogil=True)
 def run_matmul(counters, thread, n_threads, matrices, h, y, panels):
-    items = matmul.n_items(matrices, len(y), n_threads)
+    items = matmul.ITEMS * n_threads
     matmul.matmul(counters, 0, items, thread, matrices, h, y, panels, n_threads)
 
 
@@ -539,17 +539,17 @@ def run_spans(counters, thread, q, positions, caches, s, window, is_int8, scratc
 
 @njit(nogil=True)
 def run_rows(counters, thread, q, position, cache, s, window, is_int8, scratch, out):
-    items = attention.n_row_items(len(out), s)
+    items = attention.n_row_items(len(out), s, True)
     attention.attend_rows(
-        counters, 0, items, thread, q, position, cache, s, window, is_int8, scratch, out
+        counters, 0, items, thread, q, position, cache, s, window, is_int8, True, (scratch,), out
     )
 
 
 @njit(nogil=True)
 def run_rows_amx(counters, thread, q, position, cache, s, window, is_int8, scratch, out):
-    items = attention_amx.n_row_items(len(out), s)
+    items = attention_amx.n_row_items(len(out), s, False)
     attention_amx.attend_rows(
-        counters, 0, items, thread, q, position, cache, s, window, is_int8, scratch, out
+        counters, 0, items, thread, q, position, cache, s, window, is_int8, False, scratch, out
     )
 
 
@@ -620,10 +620,11 @@ def attend_all(
     out = np.full((len(q), q[0].size), np.nan, np.float32)
     partials = attention.count_partials(n_heads, n_kv_heads, min(chunk, FEW), len(q))
     scratch: Any = attention.allocate(n_threads, head_dim, partials)
-    if amx:
-        scratch = attention_amx.allocate_scratch(n_threads, head_dim)
-    for array in scratch:
+    own = attention_amx.allocate_scratch(n_threads, head_dim)
+    for array in (*scratch, *own):
         array.view(np.uint8)[:] = 255  # NaN
+    if amx:
+        scratch = scratch, own
     for start in range(0, len(q), chunk):
         part = slice(start, start + chunk)
         cache.store(k[part], v[part], start)

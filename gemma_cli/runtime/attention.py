@@ -325,7 +325,7 @@ def n_span_items(positions, n_tokens, s, window):
 
 
 @kernel
-def n_row_items(n_tokens, s):
+def n_row_items(n_tokens, s, exact):
     """Items of `attend_rows`."""
     n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
     return s.n_kv_heads * ((n_rows + ITEM_ROWS - 1) // ITEM_ROWS)
@@ -403,12 +403,9 @@ def merge_spans(t, positions, n_rows, s, window, scratch, thread, out):
         divide(total, divisor, address_of(out) + 4 * query * total.size)
 
 
-@stage
-def attend_rows(item, thread, q, position, cache, s, window, is_int8, scratch, out):
-    """Attention of many tokens that follow each other; an item is ITEM_ROWS queries of a key head.
-
-    As attend_spans, for one sequence; out: float32 (n_tokens, n_heads head_dim).
-    """
+@kernel
+def attend_row_item(item, thread, q, position, cache, s, window, is_int8, scratch, out):
+    """An item of attend_rows, ITEM_ROWS queries of a key head."""
     group = s.n_heads // s.n_kv_heads
     head, start_row = item % s.n_kv_heads, item // s.n_kv_heads * ITEM_ROWS
     stop_row = min(start_row + ITEM_ROWS, q.shape[1])
@@ -446,3 +443,13 @@ def attend_rows(item, thread, q, position, cache, s, window, is_int8, scratch, o
     for row in range(start_row, stop_row):
         at, query = ROWS + row - start_row, head * group + row % group
         divide(sums[at], divisors[at], address_of(out[row // group]) + 4 * query * sums.shape[1])
+
+
+@stage
+def attend_rows(item, thread, q, position, cache, s, window, is_int8, exact, scratches, out):
+    """Attention of many tokens that follow each other.
+
+    As attend_spans, for one sequence. exact: whether nothing may be rounded, as is the case here;
+    scratches: Scratch, and what others need; out: float32 (n_tokens, n_heads head_dim).
+    """
+    attend_row_item(item, thread, q, position, cache, s, window, is_int8, scratches[0], out)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import isa
+from gemma_cli.runtime import attention, isa
 from gemma_cli.runtime.amx import (
     BLOCK,
     STEP,
@@ -166,12 +166,24 @@ def _round_weights(weights, r, start, stop, high, target):
         store_bf16(target + block_offset(r, p, SPAN), load_f32(w), load_f32(w + 64))
 
 
-@stage
-def attend_rows(item, thread, q, position, cache, s, window, is_int8, scratch, out):
-    """As attention.attend_rows, for heads whose size is a multiple of 32; an item is ROWS queries.
+@kernel
+def _rounds(s, exact):
+    """Whether this is done by AMX, which wants heads of a multiple of 32 inputs."""
+    return not exact and s.head_dim % 32 == 0
 
-    scratch: Scratch of this module.
-    """
+
+@kernel
+def n_row_items(n_tokens, s, exact):
+    """Items of `attend_rows`."""
+    if not _rounds(s, exact):
+        return attention.n_row_items(n_tokens, s, exact)
+    n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
+    return s.n_kv_heads * ((n_rows + ROWS - 1) // ROWS)
+
+
+@kernel
+def _attend_item(item, thread, q, position, cache, s, window, is_int8, scratch, out):
+    """An item of attend_rows, ROWS queries of a key head."""
     group, head_dim = s.n_heads // s.n_kv_heads, s.head_dim
     head, block = item % s.n_kv_heads, item // s.n_kv_heads
     # The last queries see most, and come first: so threads end together.
@@ -227,8 +239,12 @@ def attend_rows(item, thread, q, position, cache, s, window, is_int8, scratch, o
         divide(total[r], divisors[1, r], target)
 
 
-@kernel
-def n_row_items(n_tokens, s):
-    """Items of attend_rows."""
-    n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
-    return s.n_kv_heads * ((n_rows + ROWS - 1) // ROWS)
+@stage
+def attend_rows(item, thread, q, position, cache, s, window, is_int8, exact, scratches, out):
+    """As attention.attend_rows; scratches: of that, and of this module."""
+    if _rounds(s, exact):
+        _attend_item(item, thread, q, position, cache, s, window, is_int8, scratches[1], out)
+    else:
+        attention.attend_row_item(
+            item, thread, q, position, cache, s, window, is_int8, scratches[0], out
+        )

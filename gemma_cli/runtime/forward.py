@@ -77,6 +77,8 @@ class Scratch(NamedTuple):
     head: head.Scratch
 
 
+_many = attention_amx if isa.AMX else attention
+
 STAGES = 10  # of a layer
 GATE_PART = 2048  # outputs of GeGLU that one thread computes at once
 
@@ -136,33 +138,6 @@ def _place_head(item, thread, s, qkv, norms, angles, positions, caches, layer, i
         attention.store_head(vector, value, cache, head - s.n_heads, slot, is_int8)
 
 
-@kernel
-def _attend_rows(counters, row, thread, q, position, cache, s, window, is_int8, exact, scratch, y):
-    """Attention of many tokens of one sequence."""
-    items = attention.n_row_items(len(y), s)
-    attention.attend_rows(
-        counters, row, items, thread, q, position, cache, s, window, is_int8, scratch.attention, y
-    )
-
-
-@kernel
-def _attend_rows_amx(
-    counters, row, thread, q, position, cache, s, window, is_int8, exact, scratch, y
-):
-    if exact or s.head_dim % 32:
-        _attend_rows(
-            counters, row, thread, q, position, cache, s, window, is_int8, exact, scratch, y
-        )
-        return
-    items, own = attention_amx.n_row_items(len(y), s), scratch.attention_amx
-    attention_amx.attend_rows(
-        counters, row, items, thread, q, position, cache, s, window, is_int8, own, y
-    )
-
-
-_attend_many = _attend_rows_amx if isa.AMX else _attend_rows
-
-
 @stage
 def _mix_token(t, thread, s, positions, window, scratch, mixed):
     """The token's attention, where it is in parts still, put together and rounded."""
@@ -207,12 +182,6 @@ def _cap_token(t, thread, logits, cap):
         soft_cap(logits[t], cap)
 
 
-@kernel
-def _multiply(counters, row, thread, n_threads, matrices, h, y, panels):
-    items = matmul.n_items(matrices, len(h.values), n_threads)
-    matmul.matmul(counters, row, items, thread, matrices, h, y, panels, n_threads)
-
-
 def n_stages(n_layers: int) -> int:
     """Rows of counters that `forward` needs."""
     return 1 + STAGES * n_layers + 5
@@ -247,6 +216,7 @@ def forward(
     n, n_last, ffn = tokens.size, logits.shape[0], s.intermediate_size
     eps, matrices = s.rms_norm_eps, weights.matrices
     y, x, panels = scratch.outputs[:n], scratch.x[:n], scratch.panels
+    items = matmul.ITEMS * n_threads
     h = some_inputs(scratch.h, 0, n, s.hidden_size)
     mixed = some_inputs(scratch.h, 0, n, s.n_heads * s.head_dim)
     gated = some_inputs(scratch.h, 0, n, ffn)
@@ -259,7 +229,7 @@ def forward(
         w, norms = matrices[7 * layer : 7 * layer + 7], weights.norms[layer]
         slides, row = weights.slides[layer], 1 + STAGES * layer
         window = s.sliding_window if slides else 0
-        _multiply(counters, row, thread, n_threads, w[Q : V + 1], h, y, panels)
+        matmul.matmul(counters, row, items, thread, w[Q : V + 1], h, y, panels, n_threads)
         _place_head(
             counters,
             row + 1,
@@ -291,9 +261,10 @@ def forward(
                 scratch.attention,
             )
         else:
-            _attend_many(
+            _many.attend_rows(
                 counters,
                 row + 2,
+                _many.n_row_items(n, s, weights.exact),
                 thread,
                 queries,
                 positions[0],
@@ -302,11 +273,11 @@ def forward(
                 window,
                 is_int8,
                 weights.exact,
-                scratch,
+                (scratch.attention, scratch.attention_amx),
                 mixed.values,
             )
         _mix_token(counters, row + 3, n, thread, s, positions, window, scratch, mixed)
-        _multiply(counters, row + 4, thread, n_threads, w[O : O + 1], mixed, y, panels)
+        matmul.matmul(counters, row + 4, items, thread, w[O : O + 1], mixed, y, panels, n_threads)
         _add_token(
             counters,
             row + 5,
@@ -319,10 +290,12 @@ def forward(
             eps,
             h,
         )
-        _multiply(counters, row + 6, thread, n_threads, w[GATE : UP + 1], h, y, panels)
+        matmul.matmul(counters, row + 6, items, thread, w[GATE : UP + 1], h, y, panels, n_threads)
         parts = (ffn + GATE_PART - 1) // GATE_PART
         _gate_part(counters, row + 7, n * parts, thread, y, gated)
-        _multiply(counters, row + 8, thread, n_threads, w[DOWN : DOWN + 1], gated, y, panels)
+        matmul.matmul(
+            counters, row + 8, items, thread, w[DOWN : DOWN + 1], gated, y, panels, n_threads
+        )
         # The row after the last layer's holds the final norm in this column.
         next_norm = weights.norms[layer + 1, ATTN_NORM]
         _add_token(
@@ -346,7 +319,6 @@ def forward(
             _round_token(counters, row, n_last, thread, last)
         row += 1
         if n_best and embedding[0, FORMAT] == PLANES:
-            items = matmul.ITEMS * n_threads
             head.prepare(counters, row, n_last, thread, last, scratch.head)
             head.rank(
                 counters,
@@ -373,5 +345,5 @@ def forward(
                 n_threads,
             )
         else:
-            _multiply(counters, row, thread, n_threads, embedding, last, logits, panels)
+            matmul.matmul(counters, row, items, thread, embedding, last, logits, panels, n_threads)
             _cap_token(counters, row + 1, n_last, thread, logits, s.final_soft_cap)

@@ -216,15 +216,7 @@ def _multiply_floats(matrix, first, last, h, y, y_stride):
 
 
 ITEMS = 5
-"""Items of a matrix product for each thread: a large one, and small ones to end together."""
-
-
-@kernel
-def n_items(matrices, n_tokens, n_threads):
-    """Items of `matmul`."""
-    if isa.AMX and n_tokens > FEW:
-        return matmul_amx.n_items(matrices[:, N_TILES].sum(), n_threads)
-    return ITEMS * n_threads
+"""Items of a matrix product for each thread."""
 
 
 @kernel
@@ -244,7 +236,7 @@ def first_tile(item, n_tiles, n_threads):
 def matmul(item, thread, matrices, h, y, panels, n_threads):
     """Multiplies the same inputs by several matrices, whose outputs lie side by side.
 
-    Does one of n_items. matrices: int64 (n_matrices, N_COLUMNS); h: Inputs of width
+    Does one of ITEMS * n_threads items. matrices: int64 (n_matrices, N_COLUMNS); h: Inputs of width
     n_in, which `round_inputs` has rounded, with rows to spare up to a multiple of TOKENS; y:
     float32, n_tokens rows of at least 16 times all tiles, each contiguous. panels: uint8
     (n_threads, scratch_bytes(n_tokens)).
@@ -253,8 +245,8 @@ def matmul(item, thread, matrices, h, y, panels, n_threads):
     many = len(h.values) > FEW
     total = matrices[:, N_TILES].sum()
     if isa.AMX and many:
-        start = matmul_amx.first_tile(item, total, n_threads)
-        stop = matmul_amx.first_tile(item + 1, total, n_threads)
+        start = matmul_amx.first_tile(item, total, n_threads, ITEMS)
+        stop = matmul_amx.first_tile(item + 1, total, n_threads, ITEMS)
     else:
         start = first_tile(item, total, n_threads)
         stop = first_tile(item + 1, total, n_threads)

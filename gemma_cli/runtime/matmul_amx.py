@@ -68,9 +68,6 @@ PAIR = 2
 SIDE = 16
 """Tiles that go through the inputs side by side."""
 
-ITEMS = 8
-"""Items of a product for each thread, if there are so many times SIDE tiles."""
-
 _ROW = 4 * 16 * PAIR  # Bytes of a token's sums for a pair of tiles.
 _LINE = 64
 
@@ -82,20 +79,15 @@ def scratch_bytes(n_tokens: int) -> int:
 
 
 @kernel
-def n_items(n_tiles, n_threads):
-    """Into how many items a product is divided.
+def first_tile(item, n_tiles, n_threads, most):
+    """Where an item's tiles begin, or, of one too many, where the tiles end.
 
-    Each goes through all inputs, which are read from the L3 cache: the fewer the better.
+    Items are equal, up to `most` a thread. Each goes through all inputs, which come from the L3
+    cache: so they have SIDE tiles at least if that leaves one for every thread.
     """
-    return n_threads * max(1, min(ITEMS, n_tiles // (SIDE * n_threads)))
-
-
-@kernel
-def first_tile(item, n_tiles, n_threads):
-    """Where an item's tiles begin; those of the last one's successor, where they end."""
-    items = n_items(n_tiles, n_threads)
-    pairs = (n_tiles + PAIR - 1) // PAIR
-    return min(PAIR * (pairs * item // items), n_tiles)
+    n_items = n_threads * max(1, min(most, n_tiles // (SIDE * n_threads)))
+    n_pairs = (n_tiles + PAIR - 1) // PAIR
+    return min(PAIR * (n_pairs * item // n_items), n_tiles)
 
 
 @kernel
