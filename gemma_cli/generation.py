@@ -159,10 +159,11 @@ def generate_batch(
 ) -> Iterator[Continuation]:
     """Goes on with up to `batch_size` prompts side by side, each weight read once for all of them.
 
-    The ids are those that `generate` makes of each prompt alone with `sampling.at(index)`. `cache`
-    holds `prefix_ids`; each prompt starts from a copy, as far as it begins the same. Prompts are
-    taken, in a thread of their own, when there is a place for them, so there may be endlessly many
-    and one may be long in coming while the others go on.
+    The ids are those that `generate` makes of each prompt alone with `sampling.at(index)`; where
+    there is AMX, up to roundings (runtime/matmul.py), as the prompt is then read in one piece.
+    `cache` holds `prefix_ids`; each prompt starts from a copy, as far as it begins the same.
+    Prompts are taken, in a thread of their own, when there is a place for them, so there may be
+    endlessly many and one may be long in coming while the others go on.
 
     Yields a continuation when it begins, when an id has come, and when it ends; once, with its
     error, for a prompt that the cache cannot hold. It ends too if its `finish_reason` is set. None

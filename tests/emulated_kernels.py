@@ -17,7 +17,7 @@ from numba.core import codegen, cpu
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, matmul
+from gemma_cli.runtime import amx, attention, inputs, matmul, matrix
 from gemma_cli.runtime.forward import Shape
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import BLOCK, CAPACITY, KEYS, VALUES
@@ -49,12 +49,13 @@ def _offsets(record: np.dtype[Any]) -> Any:
 
 N_IN, N_OUT, GROUP_SIZE = 256, 40, 64
 COLUMNS = -(-N_OUT // 16) * 16
-TOKEN_COUNTS = (1, matmul.TOKENS + 1, matmul.FEW + 3)
-ROWS = max(TOKEN_COUNTS) + matmul.TOKENS  # with some to spare
+TOKEN_COUNTS = (1, inputs.TOKENS + 1, inputs.FEW + 3)
+ROWS = max(TOKEN_COUNTS) + inputs.TOKENS  # with some to spare
+PANEL_BYTES = matmul.scratch_bytes(ROWS)
 
 PRODUCT = np.dtype(
     [
-        ("matrix", np.int64, matmul.N_COLUMNS),
+        ("matrix", np.int64, matrix.N_COLUMNS),
         ("n_tokens", np.int64),
         ("x", np.float32, (ROWS, N_IN)),
         ("codebook", np.uint8, 16),
@@ -69,40 +70,41 @@ PRODUCT_RESULT = np.dtype(
         ("codes", np.int8, (ROWS, N_IN)),
         ("scales", np.float32, (ROWS, N_IN // 32)),
         ("offsets", np.int32, (ROWS, N_IN // 32)),
-        ("panel", np.uint8, 16 * matmul.PANEL),
+        ("panel", np.uint8, PANEL_BYTES),
     ],
     align=True,
 )
 _IN, _OUT = _offsets(PRODUCT), _offsets(PRODUCT_RESULT)
 
 _KINDS = (
-    ("int4", matmul.INT4, LINEAR_LEVELS),
-    ("int4", matmul.INT4_CODEBOOK, IQ4_NL_LEVELS),
-    ("int8", matmul.INT8, LINEAR_LEVELS),
-    ("int8_planes", matmul.PLANES, LINEAR_LEVELS),
-    ("bf16", matmul.BF16, LINEAR_LEVELS),
-    ("f32", matmul.F32, LINEAR_LEVELS),
+    ("int4", matrix.INT4, LINEAR_LEVELS),
+    ("int4", matrix.INT4_CODEBOOK, IQ4_NL_LEVELS),
+    ("int8", matrix.INT8, LINEAR_LEVELS),
+    ("int8_planes", matrix.PLANES, LINEAR_LEVELS),
+    ("bf16", matrix.BF16, LINEAR_LEVELS),
+    ("f32", matrix.F32, LINEAR_LEVELS),
 )
 
 
 @kernel
 def product(case, out):
     n = _array(case + _IN.n_tokens, (1,), np.int64)[0]
-    matrices = _array(case + _IN.matrix, (1, matmul.N_COLUMNS), np.int64)
-    matrices[0, matmul.ADDRESS] = case + _IN.tiles
-    matrices[0, matmul.CODEBOOK] = case + _IN.codebook
-    h = matmul.Inputs(
+    matrices = _array(case + _IN.matrix, (1, matrix.N_COLUMNS), np.int64)
+    matrices[0, matrix.ADDRESS] = case + _IN.tiles
+    matrices[0, matrix.CODEBOOK] = case + _IN.codebook
+    h = inputs.Inputs(
         _array(case + _IN.x, (n, N_IN), np.float32),
         _array(out + _OUT.codes, (n, N_IN), np.int8),
         _array(out + _OUT.scales, (n, N_IN // 32), np.float32),
         _array(out + _OUT.offsets, (n, N_IN // 32), np.int32),
+        _array(out, (0, 0), np.uint16),  # no blocks
     )
     for t in range(n):
-        matmul.quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
+        inputs.round_inputs(h, t, 0, N_IN)
     counters = _array(out + _OUT.counters, (1, 16), np.int64)
     counters[:] = 0
     y = _array(out + _OUT.y, (n, COLUMNS), np.float32)
-    panels = _array(out + _OUT.panel, (1, 16 * matmul.PANEL), np.uint8)
+    panels = _array(out + _OUT.panel, (1, PANEL_BYTES), np.uint8)
     matmul.matmul(counters, 0, matmul.ITEMS, 0, matrices, h, y, panels, 1)
 
 
@@ -113,7 +115,7 @@ def products() -> tuple[Array, Callable[[Array, Array], None]]:
     matrices = []
     for i, case in enumerate(cases):
         fmt, number, codebook = _KINDS[i % len(_KINDS)]
-        if number in (matmul.BF16, matmul.F32):
+        if number in (matrix.BF16, matrix.F32):
             m = twins.floating(fmt, rng.standard_normal((N_OUT, N_IN)).astype(np.float32))
         else:
             low, high, dtype = (0, 16, np.uint8) if fmt == "int4" else (-128, 128, np.int8)
@@ -198,8 +200,10 @@ def attend(case, out):
     q = _array(case + _A_IN.q, (N_KV_HEADS, QUERIES, HEAD_DIM), np.float32)
     y = _array(out + _A_OUT.y, (N, N_HEADS * HEAD_DIM), np.float32)
     window = _array(case + _A_IN.window, (1,), np.int64)[0]
-    items = attention.n_row_items(N, _SHAPE)
-    attention.attend_rows(counters, 0, items, 0, q, 0, cache, _SHAPE, window, False, scratch, y)
+    items = attention.n_row_items(N, _SHAPE, True)
+    attention.attend_rows(
+        counters, 0, items, 0, q, 0, cache, _SHAPE, window, False, True, (scratch,), y
+    )
 
 
 def attentions() -> tuple[Array, Callable[[Array, Array], None]]:
@@ -223,6 +227,23 @@ def attentions() -> tuple[Array, Callable[[Array, Array], None]]:
             assert (error <= relative * np.abs(v).max()).all()
 
     return cases, check
+
+
+# What AMX computes with, and when it is given back.
+
+
+@kernel
+def multiply_blocks(case, out):
+    numbers = _array(case, (4,), np.int64)
+    amx.multiply_blocks(case, numbers[0], numbers[1], out, numbers[2], numbers[3])
+
+
+@kernel
+def share(case, out):
+    amx.configure()
+    amx.mark()
+    _array(out, (1,), np.int64)[0] = amx.lost(case)
+    amx.release()
 
 
 def compile_only(function: Any) -> tuple[str, llvm.ModuleRef]:

@@ -9,9 +9,11 @@ chooses its instruction set when it is first imported.
 """
 
 import ctypes
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -27,13 +29,10 @@ from quantize.grouping import LINEAR_LEVELS
 
 # For each instruction set: target triple, CPU, features beyond that CPU's, and what LLVM calls the
 # features of such a CPU.
+_VNNI512 = ("avx2", "fma", "f16c", "avx512vnni", "avx512bw", "avx512vl")
 TARGETS = {
-    "avx512vnni": (
-        "x86_64-unknown-linux-gnu",
-        "sapphirerapids",
-        "",
-        ("avx2", "fma", "f16c", "avx512vnni", "avx512bw", "avx512vl"),
-    ),
+    "amx": ("x86_64-unknown-linux-gnu", "sapphirerapids", "", _VNNI512),  # without permission
+    "avx512vnni": ("x86_64-unknown-linux-gnu", "sapphirerapids", "", _VNNI512),
     "avxvnni": ("x86_64-unknown-linux-gnu", "alderlake", "", ("avx2", "fma", "f16c", "avxvnni")),
     "avx2": ("x86_64-unknown-linux-gnu", "haswell", "", ("avx2", "fma", "f16c")),
     "i8mm": ("aarch64-unknown-linux-gnu", "generic", "+dotprod,+i8mm", ("dotprod", "i8mm")),
@@ -69,12 +68,31 @@ def pretend_cpu(name: str) -> None:
     features = llvm.FeatureMap(dict.fromkeys(TARGETS[name][3], True))
     llvm.get_host_cpu_features = lambda: features
     # What Numba itself compiles here need not know more of this CPU.
-    os.environ.update(GEMMA_CLI_ISA=name, NUMBA_CPU_NAME="generic")
+    os.environ["NUMBA_CPU_NAME"] = "generic"
     with patch("platform.machine", lambda: "pretended"):
-        from gemma_cli.runtime import isa  # noqa: PLC0415
-
+        isa = import_isa()
+    if name == "amx":
+        use_amx(isa)
     assert name == isa.NAME
     isa.MACHINE = "arm" if TARGETS[name][0].startswith("aarch64") else "x86"
+
+
+def import_isa() -> Any:
+    """The module that chooses, before the rest of the runtime asks it while it is imported."""
+    name = "gemma_cli.runtime.isa"
+    path = Path(__file__).parent.parent / "gemma_cli" / "runtime" / "isa.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec
+    assert spec.loader
+    assert name not in sys.modules
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def use_amx(isa: Any) -> None:
+    """Has the runtime use AMX, whether it may or not."""
+    isa.NAME, isa.AMX, isa.AVX512 = "amx", True, True
 
 
 def call(b: ir.IRBuilder, intrinsic: Any, *args: ir.Value | int) -> ir.Value:

@@ -14,7 +14,7 @@ from markov import VOCAB_SIZE, Cache, Config, Markov
 
 from gemma_cli.answer import Answer, respond, respond_batch
 from gemma_cli.generation import AHEAD, Continuation, PromptTooLong, generate, generate_batch
-from gemma_cli.runtime import Model
+from gemma_cli.runtime import Model, isa
 from gemma_cli.sampling import Sampler, Sampling
 from quantize.checkpoint import open_checkpoint
 from quantize.modelfile import ModelFile
@@ -178,7 +178,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("kv", ["f16", "int8"])
 def test_a_model_says_the_same(model: Model, kv: str) -> None:
-    prefix = [2, *range(10, 30)]
+    # With AMX, as many tokens as do not use it: a prompt's beginning by itself would be rounded in
+    # another way than with the rest.
+    prefix = [2, *range(10, 18 if isa.AMX else 30)]
     asked = [[*prefix, *range(40, 41 + i)] for i in range(6)] + [prefix, [2, 10, 11, 50]]
     sampling = Sampling(0.5, seed=3)
     cache = model.new_cache(64, kv)

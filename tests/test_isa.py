@@ -3,9 +3,11 @@
 Sets that this machine has run all of `test_kernels.py`, in a process each. Those that it lacks run
 their integer products, the only code that is written for each set, with the instructions spelled
 out in plain ones (`lowered.py`), and their assembly must hold the instructions that they are for.
-An emulator runs those of ARM, too, and whole kernels (`emulated.py`).
+An emulator runs those of ARM, too, and whole kernels (`emulated.py`). Of AMX all kernels run with
+its instructions spelled out (`pretended_amx.py`).
 """
 
+import ctypes
 import os
 import re
 import shutil
@@ -24,6 +26,7 @@ MACHINE_SETS = isa.supported(isa._features())
 
 X86 = ("avx2", "fma", "f16c")
 VNNI512 = ("avx512vnni", "avx512bw", "avx512vl")
+AMX = ("amx-tile", "amx-bf16", "avx512bf16")
 
 
 def run_python(home: Path, *arguments: str, **environment: str) -> str:
@@ -55,6 +58,10 @@ def run_python(home: Path, *arguments: str, **environment: str) -> str:
         ((*X86, "avxvnni"), ["avxvnni", "avx2", "plain"]),
         ((*X86, *VNNI512), ["avx512vnni", "avx2", "plain"]),
         ((*X86, *VNNI512, "avxvnni"), ["avx512vnni", "avxvnni", "avx2", "plain"]),
+        ((*X86, *VNNI512, *AMX), ["amx", "avx512vnni", "avx2", "plain"]),
+        ((*X86, *VNNI512, *AMX[1:]), ["avx512vnni", "avx2", "plain"]),
+        ((*X86, *VNNI512, *AMX[:-1]), ["avx512vnni", "avx2", "plain"]),
+        ((*X86, *AMX), ["avx2", "plain"]),
         (("neon",), ["plain"]),
         (("neon", "dotprod"), ["neon", "plain"]),
         (("neon", "dotprod", "i8mm"), ["i8mm", "neon", "plain"]),
@@ -62,7 +69,7 @@ def run_python(home: Path, *arguments: str, **environment: str) -> str:
 )
 def test_supported_sets_best_first(features: tuple[str, ...], expected: list[str]) -> None:
     assert isa.supported(dict.fromkeys(features, True)) == expected
-    every = {*X86, *VNNI512, "avxvnni", "neon", "dotprod", "i8mm"}
+    every = {*X86, *VNNI512, *AMX, "avxvnni", "neon", "dotprod", "i8mm"}
     absent = dict.fromkeys(every.difference(features), False)
     assert isa.supported({**absent, **dict.fromkeys(features, True)}) == expected
 
@@ -79,6 +86,52 @@ def test_arm_features_that_llvm_does_not_look_for(words: str, expected: dict[str
     cpuinfo = f"processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: {words}\nCPU part\t: 0xd0c\n"
     assert isa.linux_arm_features(2 * cpuinfo) == expected
     assert not any(isa.linux_arm_features("processor: 0\nflags: asimddp\n").values())
+
+
+class CLibrary:
+    """Answers the one system call that AMX needs, and notes it."""
+
+    def __init__(self, status: int) -> None:
+        self.status, self.calls = status, list[tuple[int, ...]]()
+
+    def syscall(self, *numbers: ctypes.c_long) -> int:
+        self.calls.append(tuple(number.value for number in numbers))
+        return self.status
+
+
+@pytest.mark.parametrize(
+    ("status", "palettes", "platform", "allowed"),
+    [
+        (0, 1, "linux", True),
+        (-1, 1, "linux", False),  # refused, by an old kernel or because of a small signal stack
+        (0, 0, "linux", False),  # a virtual machine that shows AMX and does not have it
+        (0, 1, "win32", False),
+    ],
+)
+def test_amx_needs_permission(
+    monkeypatch: pytest.MonkeyPatch, status: int, palettes: int, platform: str, allowed: bool
+) -> None:
+    library, features = CLibrary(status), dict.fromkeys((*X86, *VNNI512, *AMX), True)
+    monkeypatch.setattr(isa, "MACHINE", "x86")
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(isa, "_n_palettes", lambda: palettes)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(isa.llvm, "get_host_cpu_features", lambda: features)
+    assert isa.supported(isa._features())[0] == ("amx" if allowed else "avx512vnni")
+    asked = platform == "linux" and palettes > 0
+    # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    assert library.calls == [(158, 0x1023, 18)] * asked
+    features["amx-tile"] = False
+    assert isa.supported(isa._features())[0] == "avx512vnni"
+    assert len(library.calls) == asked, "a CPU without AMX is not asked about"
+
+
+@pytest.mark.skipif(
+    isa.MACHINE != "x86" or sys.platform != "linux", reason="there are no palettes elsewhere"
+)
+def test_the_cpu_tells_its_palettes() -> None:
+    has_tiles = re.search(r"\bamx_tile\b", Path("/proc/cpuinfo").read_text())
+    assert isa._n_palettes() >= bool(has_tiles)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +208,7 @@ geglu(x, x, x)
 print(*geglu.inspect_asm().values())
 """
 REGISTERS = {
+    "amx": {"xmm", "ymm", "zmm"},
     "avx512vnni": {"xmm", "ymm", "zmm"},
     "avxvnni": {"xmm", "ymm"},
     "avx2": {"xmm", "ymm"},
@@ -174,6 +228,7 @@ def test_numba_keeps_to_the_set(name: str, tmp_path: Path) -> None:
 
 
 INSTRUCTIONS = {  # of the products, and of a codebook's lookup
+    "amx": (r"\svpdpbusd\s.*%zmm", r"\svpshufb\s.*%zmm"),  # of few tokens
     "avx512vnni": (r"\svpdpbusd\s.*%zmm", r"\svpshufb\s.*%zmm"),
     "avxvnni": (r"\{vex\}\s+vpdpbusd\s.*%ymm", r"\svpshufb\s.*%ymm"),
     "avx2": (r"\svpmaddubsw\s.*%ymm", r"\svpshufb\s.*%ymm"),
@@ -183,12 +238,17 @@ INSTRUCTIONS = {  # of the products, and of a codebook's lookup
 }
 
 
+def run_for_assembly(home: Path, script: str, *arguments: str) -> dict[str, str]:
+    """What a script of this folder prints: functions, each under `# ` and its name."""
+    output = run_python(home, str(TESTS / script), *arguments)
+    parts = re.split(r"^# (\w+)\n", output, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
 @pytest.mark.parametrize("name", isa.NAMES)
 def test_integer_products_of_every_set(name: str, tmp_path: Path) -> None:
     """Exact (which lowered.py asserts), and by the instructions that the set is named for."""
-    output = run_python(tmp_path, str(TESTS / "lowered.py"), name)
-    parts = re.split(r"^# (\w+)\n", output, flags=re.MULTILINE)[1:]
-    assembly = dict(zip(parts[::2], parts[1::2], strict=True))
+    assembly = run_for_assembly(tmp_path, "lowered.py", name)
     assert {"dots_int4", "dots_codebook", "expand_codebook"} <= set(assembly)
     product, lookup = INSTRUCTIONS[name]
     for function, code in assembly.items():
@@ -196,6 +256,46 @@ def test_integer_products_of_every_set(name: str, tmp_path: Path) -> None:
         assert re.search(lookup, code) or not function.endswith("_codebook")
         # What LLVM has no instruction for on this CPU would be a call.
         assert not re.search(r"^\s+(callq?|bl)\s", code, re.MULTILINE)
+
+
+TILE_INSTRUCTION = re.compile(r"^\t(ldtilecfg|tile\w+|tdp\w+)(?:\t(.*))?$", re.MULTILINE)
+
+
+def test_amx_computes_with_nothing_but_loads_and_products(tmp_path: Path) -> None:
+    """Of 32 inputs: two tiles of weights, and each of two tiles of inputs times both of them."""
+    assembly = run_for_assembly(tmp_path, "amx_assembly.py")
+    found = [
+        (name, *re.findall(r"%tmm(\d)", operands))
+        for name, operands in TILE_INSTRUCTION.findall(assembly["multiply_blocks"])
+    ]
+    sums = [("tilezero", *"0"), ("tilezero", *"1"), ("tilezero", *"2"), ("tilezero", *"3")]
+    more_sums = [("tileloadd", tile) for _, tile in sums]
+    step = [  # operands in AT&T's order: weights, inputs, sums
+        *(("tileloadd", tile) for tile in "456"),
+        *(("tdpbf16ps", *tiles) for tiles in ("460", "561")),
+        ("tileloadd", "6"),
+        *(("tdpbf16ps", *tiles) for tiles in ("462", "563")),
+    ]
+    stores = [("tilestored", tile) for _, tile in sums]
+    n_steps = (len(found) - 12) // len(step)  # LLVM may unroll the loop
+    assert n_steps >= 1
+    assert found == [*sums, *more_sums, *step * n_steps, *stores]
+    shared = TILE_INSTRUCTION.findall(assembly["share"])
+    names = ["ldtilecfg", "tileloadd", "tilestored", "tilerelease"]
+    assert [name for name, _ in shared] == names
+    assert all("%tmm7" in operands for _, operands in shared[1:3])
+
+
+def test_kernels_with_amx_spelled_out(tmp_path: Path) -> None:
+    """Those that AMX makes a difference to, also where tiles get lost (pretended_amx.py)."""
+    run_python(
+        tmp_path,
+        "-m",
+        "pytest",
+        *("-p", "pretended_amx", "-p", "no:cacheprovider", "-x"),
+        *("-k", "many or amx or threads or (exact and 19)"),
+        str(TESTS / "test_kernels.py"),
+    )
 
 
 def missing_for_arm() -> str:

@@ -16,10 +16,24 @@ import twins
 from numba import njit
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, head, kv_cache, layers, matmul, team, vector
+from gemma_cli.runtime import (
+    attention,
+    attention_amx,
+    head,
+    inputs,
+    isa,
+    kv_cache,
+    layers,
+    matmul,
+    matmul_panels,
+    matrix,
+    team,
+    vector,
+)
+from gemma_cli.runtime.amx import BLOCK
 from gemma_cli.runtime.embedding import embed
 from gemma_cli.runtime.forward import Shape
-from gemma_cli.runtime.matmul import Inputs
+from gemma_cli.runtime.inputs import FEW, TOKENS, Inputs
 from quantize import packing
 from quantize.grouping import LINEAR_LEVELS, round_int4, round_int8
 from quantize.pipeline import IQ4_NL_LEVELS
@@ -30,7 +44,7 @@ GROUP_SIZES = (32, 64, 128)
 FULL_LEVELS = (-128, *IQ4_NL_LEVELS[1:15], 127)
 """A codebook that has int8's lowest level, whose negative is no int8, and its highest."""
 
-TOKEN_COUNTS = (1, 2, matmul.SOME + 1, matmul.FEW, matmul.FEW + 3)
+TOKEN_COUNTS = (1, 2, matmul.SOME + 1, FEW, FEW + 3)
 
 
 def addresses(matrices: Sequence[twins.Matrix], codebooks: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -39,11 +53,11 @@ def addresses(matrices: Sequence[twins.Matrix], codebooks: NDArray[np.uint8]) ->
     for m, levels in zip(matrices, codebooks, strict=True):
         levels[:] = np.array(m.codebook) + 128
         fmt = {
-            "int8": matmul.INT8,
-            "int8_planes": matmul.PLANES,
-            "bf16": matmul.BF16,
-            "f32": matmul.F32,
-        }.get(m.format, matmul.INT4 if m.codebook == LINEAR_LEVELS else matmul.INT4_CODEBOOK)
+            "int8": matrix.INT8,
+            "int8_planes": matrix.PLANES,
+            "bf16": matrix.BF16,
+            "f32": matrix.F32,
+        }.get(m.format, matrix.INT4 if m.codebook == LINEAR_LEVELS else matrix.INT4_CODEBOOK)
         row = (m.tiles.ctypes.data, fmt, len(m.tiles), m.n_in, m.group_size, levels.ctypes.data)
         rows.append(row)
     return np.array(rows, np.int64)
@@ -68,14 +82,21 @@ def on_threads(n_threads: int, work: Callable[[int], None]) -> None:
 
 
 @njit
+def round_all(h):
+    for t in range(len(h.values)):
+        inputs.round_inputs(h, t, 0, h.values.shape[1])
+
+
+@njit
 def quantize_rows(h):
     for t in range(len(h.values)):
-        matmul.quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
+        inputs.quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
 
 
 @njit(nogil=True)
 def run_matmul(counters, thread, n_threads, matrices, h, y, panels):
-    matmul.matmul(counters, 0, matmul.ITEMS * n_threads, thread, matrices, h, y, panels, n_threads)
+    items = matmul.ITEMS * n_threads
+    matmul.matmul(counters, 0, items, thread, matrices, h, y, panels, n_threads)
 
 
 class Padded:
@@ -83,23 +104,28 @@ class Padded:
 
     def __init__(self, x: Float32) -> None:
         n, self.n_in = x.shape
-        shape = n + matmul.TOKENS, self.n_in + 96
+        shape = n + TOKENS, self.n_in + 96
         self.x = np.full(shape, np.nan, np.float32)
         self.x[:n, : self.n_in] = x
         self.codes = np.full(shape, 99, np.int8)
         self.scales = np.full((len(self.x), self.n_in // 32 + 5), np.nan, np.float32)
         self.offsets = np.full(self.scales.shape, 99, np.int32)
         n_runs = self.n_in // 32
+        blocks = inputs.allocate_blocks(n, self.n_in, exact=True)
+        self.blocks = np.full((len(blocks) + 1, blocks.shape[1]), 99, np.uint16)
         self.inputs = Inputs(
             self.x[:n, : self.n_in],
             self.codes[:n, : self.n_in],
             self.scales[:n, :n_runs],
             self.offsets[:n, :n_runs],
+            self.blocks[:-1],
         )
-        quantize_rows(self.inputs)
+        round_all(self.inputs)
+        assert (self.blocks[-1] == 99).all()
 
-    def rounded(self) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
+    def quantized(self) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
         """Codes, scales and offsets, after a look at what lies beyond them."""
+        quantize_rows(self.inputs)
         n_runs = self.n_in // 32
         assert (self.codes[:, self.n_in :] == 99).all()
         assert np.isnan(self.scales[:, n_runs:]).all()
@@ -113,12 +139,12 @@ def multiply(matrices: Sequence[twins.Matrix], x: Float32, n_threads: int = 1) -
     table = addresses(matrices, codebooks)
     width = sum(m.n_columns for m in matrices)
     y = np.full((len(x) + 1, width + 16), np.nan, np.float32)
-    panels = np.full((n_threads, 16 * matmul.PANEL + 64), 99, np.uint8)
-    counters, inputs = team.counters(1), Padded(x).inputs
+    panels = np.full((n_threads, matmul.scratch_bytes(len(x)) + 64), 99, np.uint8)
+    counters, h = team.counters(1), Padded(x).inputs
     on_threads(
         n_threads,
         lambda thread: run_matmul(
-            counters, thread, n_threads, table, inputs, y[: len(x)], panels[:, :-64]
+            counters, thread, n_threads, table, h, y[: len(x)], panels[:, :-64]
         ),
     )
     assert np.isnan(y[:, width:]).all()
@@ -178,12 +204,21 @@ def assert_close(y: Float32, m: twins.Matrix, x: Float32) -> None:
 
     A sum of n terms in one order errs by n roundings of its magnitudes at most (Higham, Accuracy
     and Stability of Numerical Algorithms, 3.1); a term itself takes two more, its two scales'
-    product and, where no instruction fuses it, that product's own product.
+    product and, where no instruction fuses it, that product's own product. AMX adds the even and
+    the odd ones of 32 inputs, one by one, and then the two sums; each time what is too small is
+    lost.
     """
-    expected, magnitudes = twins.matmul(m, x)
-    n_terms = m.n_in // 32 if m.group_size else m.n_in
+    lost = 0.0
+    if isa.AMX and len(x) > FEW and m.format != "f32":
+        expected, magnitudes = twins.matmul_bfloat16(m, x)
+        # Three parts of inputs make three times the terms, but the second is 2^-8 of the first.
+        n_terms = 2 * (16 + m.n_in // 32)
+        lost = 3 * m.n_in * twins.SMALLEST_NORMAL * (1 + np.abs(m.weights).max())
+    else:
+        expected, magnitudes = twins.matmul(m, x)
+        n_terms = m.n_in // 32 if m.group_size else m.n_in
     error = np.abs(y[:, : m.n_out] - expected)
-    assert (error <= (n_terms + 2) * twins.EPSILON * magnitudes).all()
+    assert (error <= (n_terms + 2) * twins.EPSILON * magnitudes + lost).all()
     assert (y[:, m.n_out :] == 0).all(), "the rows that fill up the last tile are zero"
 
 
@@ -198,13 +233,13 @@ def test_inputs_are_rounded_as_the_twin_rounds_them() -> None:
         x[row, 32:64] = np.float32(extreme)
         x[row, 64:96] = 0
         x[row, 95] = np.float32(extreme)
-    for actual, expected in zip(Padded(x).rounded(), twins.quantize_row(x), strict=True):
+    for actual, expected in zip(Padded(x).quantized(), twins.quantize_row(x), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
 def test_rounded_inputs_are_near() -> None:
     x = random_inputs(np.random.default_rng(2), 50, 256)
-    codes, scales, offsets = Padded(x).rounded()
+    codes, scales, offsets = Padded(x).quantized()
     step = np.repeat(scales, 32, axis=1)
     # Half a step, and the roundings of 127 / largest, of the product and of the scale: codes up
     # to 127 move by 3 x 127 x 2^-24 steps.
@@ -216,15 +251,28 @@ def test_rounded_inputs_are_near() -> None:
 def test_ties_go_to_the_even_code() -> None:
     x = np.zeros((1, 32), np.float32)
     x[0, :5] = 127, 0.5, 1.5, -0.5, -2.5
-    codes, scales, _ = Padded(x).rounded()
+    codes, scales, _ = Padded(x).quantized()
     assert scales[0, 0] == 1
     np.testing.assert_array_equal(codes[0, :5], [127, 0, 2, 0, -2])
+
+
+@pytest.mark.skipif(not isa.AMX, reason="only AMX multiplies bfloat16")
+@pytest.mark.parametrize("n_tokens", [FEW + 1, 32, 50])
+def test_inputs_of_many_tokens_are_rounded_to_blocks_of_bfloat16(n_tokens: int) -> None:
+    x = random_inputs(np.random.default_rng(26), n_tokens, 256)
+    h = Padded(x).inputs
+    rest = x
+    for part in h.blocks:
+        rows = part.reshape(-1, 256 // 32, BLOCK, 32).transpose(0, 2, 1, 3).reshape(-1, 256)
+        np.testing.assert_array_equal(rows[:n_tokens], packing.to_bfloat16(rest))
+        rest = rest - packing.from_bfloat16(rows[:n_tokens])
+    assert not rest.any(), "three parts have all the bits"
 
 
 # Matrix products.
 
 
-@pytest.mark.parametrize("n_tokens", [matmul.TOKENS + 3, matmul.FEW + 3])
+@pytest.mark.parametrize("n_tokens", [TOKENS + 3, FEW + 3])
 @every_integer_kind
 def test_integer_products_are_exact(
     fmt: str, group_size: int, codebook: tuple[int, ...], n_tokens: int
@@ -291,7 +339,7 @@ def side_by_side(rng: np.random.Generator, n_in: int) -> list[twins.Matrix]:
 def test_matrices_side_by_side() -> None:
     rng = np.random.default_rng(6)
     matrices = side_by_side(rng, 256)
-    x = random_inputs(rng, 2 * matmul.TOKENS + 3, 256)
+    x = random_inputs(rng, 2 * TOKENS + 3, 256)
     y = multiply(matrices, x, n_threads=2)
     start = 0
     for m in matrices:
@@ -300,31 +348,52 @@ def test_matrices_side_by_side() -> None:
 
 
 def test_products_do_not_depend_on_threads_or_on_tokens_at_once() -> None:
+    """Only AMX makes a difference, between FEW tokens and more."""
     rng = np.random.default_rng(7)
     matrices = side_by_side(rng, 256)
-    x = random_inputs(rng, matmul.FEW + 3, 256)
-    one_by_one = np.concatenate([multiply(matrices, x[t : t + 1]) for t in range(len(x))])
+    x = random_inputs(rng, 70, 256)
+    one_by_one = np.concatenate([multiply(matrices, x[t : t + 1]) for t in range(FEW)])
+    many = multiply(matrices, x)
     for n_threads in (1, 2, 4):
-        np.testing.assert_array_equal(multiply(matrices, x, n_threads), one_by_one)
+        np.testing.assert_array_equal(multiply(matrices, x[:FEW], n_threads), one_by_one)
+        np.testing.assert_array_equal(multiply(matrices, x[3 : FEW + 7], n_threads), many[3:23])
+        np.testing.assert_array_equal(multiply(matrices, x, n_threads), many)
     np.testing.assert_array_equal(multiply(matrices, x[:5], 2), one_by_one[:5])
+    if not isa.AMX:
+        np.testing.assert_array_equal(many[:FEW], one_by_one)
+
+
+@pytest.mark.parametrize("n_tokens", [17, 31, 33, 100, 513])
+@pytest.mark.parametrize(
+    ("fmt", "codebook"),
+    [("int4", IQ4_NL_LEVELS), *((f, LINEAR_LEVELS) for f in ("int8", "int8_planes", "bf16"))],
+)
+def test_products_of_many_tokens(fmt: str, codebook: tuple[int, ...], n_tokens: int) -> None:
+    """Any number of them, and several panels' inputs; the last of which may be small."""
+    rng = np.random.default_rng(27)
+    for n_in, group_size in ((32, 32), (640, 128)):
+        m = random_matrix(rng, fmt, 90, n_in, group_size, codebook)
+        x = random_inputs(rng, n_tokens, n_in)
+        assert_close(multiply([m], x, 2), m, x)
 
 
 @pytest.mark.parametrize("fmt", ["int4", "int8", "int8_planes"])
 def test_products_of_many_inputs_and_tiles(fmt: str) -> None:
     """More than a panel's inputs, and more tiles than go side by side, or lie in a slab."""
     rng = np.random.default_rng(23)
-    n_in, n_out = matmul.PANEL + 256, 16 * packing.SLAB_TILES + 40
+    n_in, n_out = matmul_panels.PANEL + 256, 16 * packing.SLAB_TILES + 40
     m = random_matrix(rng, fmt, n_out, n_in, 32, LINEAR_LEVELS)
-    x = random_inputs(rng, matmul.FEW + 3, n_in)
+    x = random_inputs(rng, FEW + 3, n_in)
     y = multiply([m], x, 2)
     assert_close(y, m, x)
-    np.testing.assert_array_equal(y[:2], multiply([m], x[:2]))
+    if not isa.AMX:
+        np.testing.assert_array_equal(y[:2], multiply([m], x[:2]))
 
 
 def test_weights_are_only_read(tmp_path: Path) -> None:
     """Tiles in a file that is mapped for reading: a write to them would be a segmentation fault."""
     rng = np.random.default_rng(8)
-    x = random_inputs(rng, matmul.TOKENS + 1, 256)
+    x = random_inputs(rng, TOKENS + 1, 256)
     for i, m in enumerate(side_by_side(rng, 256)):
         path = tmp_path / f"{i}.bin"
         m.tiles.tofile(path)
@@ -341,7 +410,7 @@ def test_tiles_have_the_size_that_packing_gives_them(
 ) -> None:
     m = random_matrix(np.random.default_rng(9), fmt, 16, 256, group_size, codebook)
     table = addresses([m], np.empty((1, 16), np.uint8))
-    assert from_python(matmul.tile_bytes)(table[0]) == packing.tile_bytes(fmt, 256, group_size)
+    assert from_python(matrix.tile_bytes)(table[0]) == packing.tile_bytes(fmt, 256, group_size)
 
 
 @njit
@@ -354,17 +423,17 @@ def embed_all(table, factor, x):
 
 
 @njit(nogil=True)
-def run_head(counters, thread, n_threads, matrices, vocab_size, h, n_best, cap, scratch, logits, p):
+def run_head(counters, thread, n_threads, matrices, vocab_size, h, n_best, cap, scratch, logits):
     items = matmul.ITEMS * n_threads
     n = len(h.codes)
     head.prepare(counters, 0, n, thread, h, scratch)
     head.rank(counters, 1, items, thread, matrices, vocab_size, h, scratch, n_threads)
     head.find_threshold(counters, 2, n, thread, n_best, scratch)
-    head.refine(counters, 3, items, thread, matrices, h, scratch, cap, logits, p, n_threads)
+    head.refine(counters, 3, items, thread, matrices, h, scratch, cap, logits, n_threads)
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("n_tokens", [1, 3, matmul.TOKENS + 1])
+@pytest.mark.parametrize("n_tokens", [1, 3, TOKENS + 1])
 @pytest.mark.parametrize("n_best", [1, 40])
 def test_the_largest_logits_are_those_of_the_whole_head(
     n_best: int, n_tokens: int, group_size: int
@@ -377,16 +446,16 @@ def test_the_largest_logits_are_those_of_the_whole_head(
     whole = multiply([m], x)
     for row in whole:
         from_python(layers.soft_cap)(row, cap)
-    table, inputs = addresses([m], np.empty((1, 16), np.uint8)), Padded(x).inputs
+    table, h = addresses([m], np.empty((1, 16), np.uint8)), Padded(x).inputs
     scratch = head.allocate(2, n_in, len(m.tiles))
     for array in scratch:
         array[:] = -1
     logits = np.full((n_tokens, m.n_columns), np.nan, np.float32)
-    panels, counters = np.empty((2, 16 * matmul.PANEL), np.uint8), team.counters(4)
+    counters = team.counters(4)
     on_threads(
         2,
         lambda thread: run_head(
-            counters, thread, 2, table, vocab_size, inputs, n_best, cap, scratch, logits, panels
+            counters, thread, 2, table, vocab_size, h, n_best, cap, scratch, logits
         ),
     )
     known = np.isfinite(logits)
@@ -408,10 +477,10 @@ def test_bounds_hold_for_weights_that_the_high_nibbles_do_not_show() -> None:
     m = twins.coded("int8_planes", *round_int8(weights, 32))
     x = rng.standard_normal((3, 256)).astype(np.float32)
     whole = multiply([m], x)
-    table, inputs = addresses([m], np.empty((1, 16), np.uint8)), Padded(x).inputs
+    table, h = addresses([m], np.empty((1, 16), np.uint8)), Padded(x).inputs
     scratch, counters = head.allocate(1, 256, len(m.tiles)), team.counters(4)
-    logits, panels = np.empty_like(whole), np.empty((1, 16 * matmul.PANEL), np.uint8)
-    run_head(counters, 0, 1, table, 320, inputs, 1, 0.0, scratch, logits, panels)
+    logits = np.empty_like(whole)
+    run_head(counters, 0, 1, table, 320, h, 1, 0.0, scratch, logits)
     largest = whole.reshape(3, -1, 16).max(-1)
     assert (scratch.lower[:3] <= largest).all()
     assert (scratch.upper[:3] >= largest).all()
@@ -470,9 +539,17 @@ def run_spans(counters, thread, q, positions, caches, s, window, is_int8, scratc
 
 @njit(nogil=True)
 def run_rows(counters, thread, q, position, cache, s, window, is_int8, scratch, out):
-    items = attention.n_row_items(len(out), s)
+    items = attention.n_row_items(len(out), s, True)
     attention.attend_rows(
-        counters, 0, items, thread, q, position, cache, s, window, is_int8, scratch, out
+        counters, 0, items, thread, q, position, cache, s, window, is_int8, True, (scratch,), out
+    )
+
+
+@njit(nogil=True)
+def run_rows_amx(counters, thread, q, position, cache, s, window, is_int8, scratch, out):
+    items = attention_amx.n_row_items(len(out), s, False)
+    attention_amx.attend_rows(
+        counters, 0, items, thread, q, position, cache, s, window, is_int8, False, scratch, out
     )
 
 
@@ -513,8 +590,8 @@ class Cache:
         return codes * scales if self.is_int8 else codes
 
 
-def shape(n_heads: int, n_kv_heads: int, cap: float) -> Shape:
-    return Shape(0, 0, 0, 0, n_heads, n_kv_heads, 0, 0, 0.0, 0.0, cap, 0.0)
+def shape(n_heads: int, n_kv_heads: int, cap: float, head_dim: int = 0) -> Shape:
+    return Shape(0, 0, 0, 0, n_heads, n_kv_heads, head_dim, 0, 0.0, 0.0, cap, 0.0)
 
 
 def grouped(q: Float32, n_kv_heads: int) -> Float32:
@@ -535,15 +612,19 @@ def attend_all(
     cap: float,
     chunk: int,
     n_threads: int,
+    amx: bool = False,
 ) -> Float32:
     """Attention of all tokens, a chunk at a time: (n, n_heads, head_dim)."""
     n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-    s = shape(n_heads, n_kv_heads, cap)
+    s = shape(n_heads, n_kv_heads, cap, head_dim)
     out = np.full((len(q), q[0].size), np.nan, np.float32)
-    partials = attention.count_partials(n_heads, n_kv_heads, min(chunk, matmul.FEW), len(q))
-    scratch = attention.allocate(n_threads, head_dim, partials)
-    for array in scratch:
-        array[:] = np.nan
+    partials = attention.count_partials(n_heads, n_kv_heads, min(chunk, FEW), len(q))
+    scratch: Any = attention.allocate(n_threads, head_dim, partials)
+    own = attention_amx.allocate_scratch(n_threads, head_dim)
+    for array in (*scratch, *own):
+        array.view(np.uint8)[:] = 255  # NaN
+    if amx:
+        scratch = scratch, own
     for start in range(0, len(q), chunk):
         part = slice(start, start + chunk)
         cache.store(k[part], v[part], start)
@@ -557,11 +638,12 @@ def attend_all(
             start: int = start,
         ) -> None:
             rest = s, window, cache.is_int8, scratch, out[part]
-            if chunk <= matmul.FEW:
+            if chunk <= FEW:
                 caches = cache.table[None, None]
                 run_spans(counters, thread, rows, np.array([start]), caches, *rest)
             else:
-                run_rows(counters, thread, rows, start, cache.table, *rest)
+                run = run_rows_amx if amx else run_rows
+                run(counters, thread, rows, start, cache.table, *rest)
 
         on_threads(n_threads, work)
     return out.reshape(q.shape)
@@ -622,11 +704,43 @@ def test_attention_over_several_spans(window: int, kind: str) -> None:
     relative = 2 * (((head_dim + 2) * magnitudes + n + 20) * twins.EPSILON + 2e-7)
     error = np.abs(one_by_one - expected).max(-1)
     assert (error <= relative * np.abs(values).max()).all()
-    for chunk in (7, matmul.FEW, 70, n):
+    for chunk in (7, FEW, 70, n):
         capacity = min(n, window + chunk) if window else n
         cache = Cache(kind, capacity, n_kv_heads, head_dim)
         out = attend_all(cache, q, k, v, window, 0.0, chunk, n_threads=2)
         np.testing.assert_array_equal(out, one_by_one)
+
+
+@pytest.mark.skipif(not isa.AMX, reason="of AMX")
+@pytest.mark.parametrize("kind", ["f16", "int8"])
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (1, 0.0), (40, 2.0), (300, 0.0)])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(6, 2, 64), (4, 1, 32)])
+def test_attention_by_amx_is_the_twins(
+    n_heads: int, n_kv_heads: int, head_dim: int, window: int, cap: float, kind: str
+) -> None:
+    """The same however many tokens go at once, over several spans, in rings that wrap around."""
+    n = attention.SPAN + 75
+    rng = np.random.default_rng(28)
+    q, k, v = random_heads(rng, n, n_heads, n_kv_heads, head_dim)
+    whole = Cache(kind, n, n_kv_heads, head_dim)
+    at_once = attend_all(whole, q, k, v, window, cap, n, n_threads=2, amx=True)
+    heads = whole.codes()[:, :n].astype(np.float32)
+    keys, values = twins.bfloat16(heads)  # which int8 codes are already
+    if kind == "int8":
+        key_scales, value_scales = whole.scales[:, :, :n, None].transpose(0, 2, 1, 3)
+        keys, values = keys * key_scales, values * value_scales
+    expected, magnitudes = twins.attention(twins.bfloat16(q), keys, values, window, cap)
+    # As in test_attention_is_the_twins, and a weight is rounded to bfloat16 before it is used.
+    score_error = ((head_dim + 2) * magnitudes + 4 * cap) * twins.EPSILON
+    relative = 2 * (score_error + 2e-7 + (n + 20) * twins.EPSILON) + 2.0**-8
+    error = np.abs(at_once - expected).max(-1)
+    assert (error <= relative * np.abs(values).max()).all()
+    for chunk, n_threads in ((17, 1), (150, 4)):
+        capacity = min(n, window + chunk) if window else n
+        cache = Cache(kind, capacity, n_kv_heads, head_dim)
+        out = attend_all(cache, q, k, v, window, cap, chunk, n_threads, amx=True)
+        n_many = n // chunk * chunk  # A rest may be FEW tokens.
+        np.testing.assert_array_equal(out[:n_many], at_once[:n_many])
 
 
 def test_attention_of_several_sequences() -> None:

@@ -1,4 +1,7 @@
-"""A whole model: the same bits however its tokens are given to it, whatever logits are wanted."""
+"""A whole model: the same bits however its tokens are given to it, whatever logits are wanted.
+
+But where there is AMX, which rounds inputs of many tokens in another way than those of few.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import Model
+from gemma_cli.runtime import Model, isa
 from quantize.checkpoint import open_checkpoint
 from quantize.modelfile import ModelFile
 from quantize.pipeline import quantize
@@ -28,17 +31,29 @@ def random_ids(model: Model, n: int, seed: int = 0) -> NDArray[np.int32]:
     return rng.integers(0, model.config.vocab_size, n).astype(np.int32)
 
 
+# Of the logits' spread, on average over the vocabulary. int8 inputs and bfloat16 ones err by up to
+# 2^-8, which these models, small and random, enlarge to 3e-2, and to 7e-2 at single positions.
+AMX_TOLERANCE = 0.15
+
+
+def assert_same(actual: NDArray[np.float32], expected: NDArray[np.float32], exactly: bool) -> None:
+    if exactly:
+        np.testing.assert_array_equal(actual, expected)
+    else:
+        assert np.sqrt(np.mean((actual - expected) ** 2)) < AMX_TOLERANCE * expected.std()
+
+
 @pytest.mark.parametrize("kv", ["f16", "int8"])
 def test_logits_after_each_id_are_those_one_by_one(model: Model, kv: str) -> None:
     ids = random_ids(model, 120)
     one, several = model.new_cache(200, kv), model.new_cache(200, kv)
     expected = np.stack([model.forward([token], one) for token in ids])
     for start, stop in ((0, 16), (16, 17), (17, 24), (24, 104), (104, 107), (107, 120)):
-        part = ids[start:stop]
+        part, exactly = ids[start:stop], not isa.AMX or stop <= 24
         if len(part) <= 16:
-            np.testing.assert_array_equal(model.forward_each(part, several), expected[start:stop])
+            assert_same(model.forward_each(part, several), expected[start:stop], exactly)
         else:  # in chunks, through expanded panels
-            np.testing.assert_array_equal(model.forward(part, several), expected[stop - 1])
+            assert_same(model.forward(part, several), expected[stop - 1], exactly)
 
 
 def test_several_caches_in_lockstep_are_each_alone(model: Model) -> None:

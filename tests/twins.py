@@ -23,6 +23,9 @@ Float64 = NDArray[np.float64]
 EPSILON = 2.0**-24
 """The largest relative error of one float32 rounding."""
 
+SMALLEST_NORMAL = 2.0**-126
+"""What is smaller, AMX takes and gives as zero."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -102,6 +105,19 @@ def matmul(m: Matrix, x: Float32) -> tuple[Float64, Float64]:
     w_scales = np.repeat(m.scales.astype(np.float64), m.group_size // 32, axis=1)
     terms = dots(m.levels, codes) * w_scales * x_scales.astype(np.float64)[:, None]
     return terms.sum(-1), np.abs(terms).sum(-1)
+
+
+def bfloat16(values: Float32) -> Float64:
+    """Rounded to bfloat16, without its subnormal numbers."""
+    rounded = packing.from_bfloat16(packing.to_bfloat16(values)).astype(np.float64)
+    return np.where(np.abs(values) < SMALLEST_NORMAL, 0, rounded)
+
+
+def matmul_bfloat16(m: Matrix, x: Float32) -> tuple[Float64, Float64]:
+    """As matmul, of weights in bfloat16, and of inputs where the weights were not before."""
+    w = bfloat16(m.weights)
+    inputs = x.astype(np.float64) if m.format == "bf16" else bfloat16(x)
+    return inputs @ w.T, np.abs(inputs) @ np.abs(w).T
 
 
 def attention(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_cli.runtime.inputs import TOKENS
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import (
     BLOCK,
@@ -29,7 +30,6 @@ from gemma_cli.runtime.kv_cache import (
     VALUES,
 )
 from gemma_cli.runtime.layers import soft_cap
-from gemma_cli.runtime.matmul import TOKENS
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     absolute,
@@ -61,7 +61,8 @@ ROWS = TOKENS
 ITEM_ROWS = 32
 """Queries of an item that goes through all spans: they find a span's keys and values in the L2."""
 
-_MASKED = np.float32(-1e30)
+MASKED = np.float32(-1e30)
+"""The score of a position that a token does not see."""
 
 
 class Scratch(NamedTuple):
@@ -219,9 +220,33 @@ def _softmax(scores, first, last, weights):
 
 
 @kernel
-def _seen(position, window):
+def seen(position, window):
     """The first position that a token sees."""
     return max(0, position - window + 1) if window else 0
+
+
+@kernel
+def weigh_positions(scores, here, window, cap, cache, head, is_int8, span, first, last, weights):
+    """A query's weights of positions first to last of a span, not yet divided by their sum.
+
+    here: the query's position; scores, weights: float32 (SPAN,) at least; scores are changed.
+    Weights of int8 values get their scales. -> the largest score, the weights' sum without scales.
+    """
+    if cap > 0:
+        soft_cap(scores[first - span : last - span], cap)
+    for p in range(first, max(first, min(last, seen(here, window)))):
+        scores[p - span] = MASKED
+    for p in range(max(first, here + 1), last):
+        scores[p - span] = MASKED
+    w = address_of(weights)
+    largest, total = _softmax(address_of(scores), first, last, w)
+    if is_int8:
+        scale = cache[VALUE_SCALES] + 4 * (head * cache[CAPACITY])
+        for p in range(first, last, BLOCK):
+            at = w + 4 * (p - span)
+            factor = load_f32(scale + 4 * (p % cache[CAPACITY]))
+            store_f32(at, load_f32(at) * factor)
+    return largest, total
 
 
 @kernel
@@ -238,34 +263,23 @@ def _attend_span(
     scores, weights = own
     head_dim = sums.shape[1]
     newest = position + (first_row + rows - 1) // group
-    low = max(span, _seen(position + first_row // group, window))
+    low = max(span, seen(position + first_row // group, window))
     high = min(span + SPAN, newest + 1)
     if low >= high:
         return False
     first, last = low // BLOCK * BLOCK, (high + BLOCK - 1) // BLOCK * BLOCK
     _score(q, head_dim, cache, head, first, last, is_int8, address_of(scores))
     for r in range(rows):
-        here, row = position + (first_row + r) // group, scores[r]
-        if cap > 0:
-            soft_cap(row[first - span : last - span], cap)
-        for p in range(first, max(first, min(last, _seen(here, window)))):
-            row[p - span] = _MASKED
-        for p in range(max(first, here + 1), last):
-            row[p - span] = _MASKED
-        w = address_of(weights[r])
-        maxima[r], divisors[r] = _softmax(address_of(row), first, last, w)
-        if is_int8:
-            scale = cache[VALUE_SCALES] + 4 * (head * cache[CAPACITY])
-            for p in range(first, last, BLOCK):
-                at = w + 4 * (p - span)
-                factor = load_f32(scale + 4 * (p % cache[CAPACITY]))
-                store_f32(at, load_f32(at) * factor)
+        here = position + (first_row + r) // group
+        maxima[r], divisors[r] = weigh_positions(
+            scores[r], here, window, cap, cache, head, is_int8, span, first, last, weights[r]
+        )
     _weigh(address_of(weights), head_dim, cache, head, low, high, is_int8, address_of(sums))
     return True
 
 
 @kernel
-def _merge(total, maximum, divisor, part, part_maximum, part_divisor):
+def merge(total, maximum, divisor, part, part_maximum, part_divisor):
     """Adds a partial result to a total, float32 (head_dim,); the new maximum and divisor."""
     new = max(maximum, part_maximum)
     kept = np.float32(math.exp(maximum - new))
@@ -278,13 +292,13 @@ def _merge(total, maximum, divisor, part, part_maximum, part_divisor):
 
 
 @kernel
-def _fill(x, value):
+def fill(x, value):
     for i in range(0, 4 * x.size, 64):
         store_f32(address_of(x) + i, splat(value))
 
 
 @kernel
-def _divide(x, divisor, y):
+def divide(x, divisor, y):
     """y = x / divisor; x: (head_dim,), y: address."""
     for i in range(0, 4 * x.size, 64):
         store_f32(y + i, load_f32(address_of(x) + i) / splat(divisor))
@@ -298,7 +312,7 @@ def _spans(positions, n_tokens, window):
     """The largest number of spans that any sequence's tokens see."""
     most = 0
     for s in range(positions.size):
-        first = _seen(positions[s], window) // SPAN
+        first = seen(positions[s], window) // SPAN
         most = max(most, (positions[s] + n_tokens - 1) // SPAN - first + 1)
     return most
 
@@ -311,7 +325,7 @@ def n_span_items(positions, n_tokens, s, window):
 
 
 @kernel
-def n_row_items(n_tokens, s):
+def n_row_items(n_tokens, s, exact):
     """Items of `attend_rows`."""
     n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
     return s.n_kv_heads * ((n_rows + ITEM_ROWS - 1) // ITEM_ROWS)
@@ -335,7 +349,7 @@ def attend_spans(item, thread, q, positions, caches, layer, s, window, is_int8, 
     head = item // n_spans // blocks % s.n_kv_heads
     sequence = item // n_spans // blocks // s.n_kv_heads
     position, first_row = positions[sequence], block * ROWS
-    start = (_seen(position + first_row // group, window) // SPAN + span) * SPAN
+    start = (seen(position + first_row // group, window) // SPAN + span) * SPAN
     if start > position + rows // group - 1:
         return
     _attend_span(
@@ -373,12 +387,12 @@ def merge_spans(t, positions, n_rows, s, window, scratch, thread, out):
         head, row = query // group, token * group + query % group
         block, r = row // ROWS, row % ROWS
         item = ((sequence * s.n_kv_heads + head) * blocks + block) * n_spans
-        start = _seen(position + block * ROWS // group, window) // SPAN
+        start = seen(position + block * ROWS // group, window) // SPAN
         newest = position + (min(block * ROWS + ROWS, rows) - 1) // group
-        maximum, divisor = _MASKED, np.float32(0)
-        _fill(total, 0)
+        maximum, divisor = MASKED, np.float32(0)
+        fill(total, 0)
         for span in range(newest // SPAN - start + 1):
-            maximum, divisor = _merge(
+            maximum, divisor = merge(
                 total,
                 maximum,
                 divisor,
@@ -386,24 +400,21 @@ def merge_spans(t, positions, n_rows, s, window, scratch, thread, out):
                 scratch.partial_maxima[item + span, r],
                 scratch.partial_divisors[item + span, r],
             )
-        _divide(total, divisor, address_of(out) + 4 * query * total.size)
+        divide(total, divisor, address_of(out) + 4 * query * total.size)
 
 
-@stage
-def attend_rows(item, thread, q, position, cache, s, window, is_int8, scratch, out):
-    """Attention of many tokens that follow each other; an item is ITEM_ROWS queries of a key head.
-
-    As attend_spans, for one sequence; out: float32 (n_tokens, n_heads head_dim).
-    """
+@kernel
+def attend_row_item(item, thread, q, position, cache, s, window, is_int8, scratch, out):
+    """An item of attend_rows, ITEM_ROWS queries of a key head."""
     group = s.n_heads // s.n_kv_heads
     head, start_row = item % s.n_kv_heads, item // s.n_kv_heads * ITEM_ROWS
     stop_row = min(start_row + ITEM_ROWS, q.shape[1])
     sums, maxima = scratch.sums[thread], scratch.maxima[thread]
     divisors = scratch.divisors[thread]
     for r in range(ROWS, ROWS + stop_row - start_row):
-        maxima[r], divisors[r] = _MASKED, 0
-        _fill(sums[r], 0)
-    first = _seen(position + start_row // group, window) // SPAN * SPAN
+        maxima[r], divisors[r] = MASKED, 0
+        fill(sums[r], 0)
+    first = seen(position + start_row // group, window) // SPAN * SPAN
     newest = position + (stop_row - 1) // group
     for span in range(first, newest + 1, SPAN):
         for row in range(start_row, stop_row, ROWS):
@@ -426,9 +437,19 @@ def attend_rows(item, thread, q, position, cache, s, window, is_int8, scratch, o
                 continue
             for r in range(rows):
                 at = ROWS + row - start_row + r
-                maxima[at], divisors[at] = _merge(
+                maxima[at], divisors[at] = merge(
                     sums[at], maxima[at], divisors[at], sums[r], maxima[r], divisors[r]
                 )
     for row in range(start_row, stop_row):
         at, query = ROWS + row - start_row, head * group + row % group
-        _divide(sums[at], divisors[at], address_of(out[row // group]) + 4 * query * sums.shape[1])
+        divide(sums[at], divisors[at], address_of(out[row // group]) + 4 * query * sums.shape[1])
+
+
+@stage
+def attend_rows(item, thread, q, position, cache, s, window, is_int8, exact, scratches, out):
+    """Attention of many tokens that follow each other.
+
+    As attend_spans, for one sequence. exact: whether nothing may be rounded, as is the case here;
+    scratches: Scratch, and what others need; out: float32 (n_tokens, n_heads head_dim).
+    """
+    attend_row_item(item, thread, q, position, cache, s, window, is_int8, scratches[0], out)

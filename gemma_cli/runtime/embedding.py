@@ -6,7 +6,7 @@ The layout is quantize.packing's; matrices are rows of matmul's table.
 import numpy as np
 
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.matmul import (
+from gemma_cli.runtime.matrix import (
     BF16,
     CODEBOOK,
     F32,

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, head, kv_cache, matmul
+from gemma_cli.runtime import attention, attention_amx, head, isa, kv_cache, matmul
 from gemma_cli.runtime.embedding import embed
+from gemma_cli.runtime.inputs import FEW, Inputs, round_inputs, some_inputs
 from gemma_cli.runtime.kernel import entry, kernel
 from gemma_cli.runtime.layers import add, geglu, rms_norm, rotary_angles, rotate, soft_cap
-from gemma_cli.runtime.matmul import FEW, Inputs, quantize_row, some_inputs
+from gemma_cli.runtime.matrix import FORMAT, PLANES
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import address_of, load_f32, store_f32
 
@@ -52,27 +53,31 @@ class Shape(NamedTuple):
 class Weights(NamedTuple):
     """Addresses of everything that is read from the mapping, and the layers' kinds."""
 
-    matrices: NDArray[np.int64]  # (7 n_layers + 1, matmul.N_COLUMNS)
+    matrices: NDArray[np.int64]  # (7 n_layers + 1, matrix.N_COLUMNS)
     norms: NDArray[np.int64]  # (n_layers + 1, 6)
     slides: NDArray[np.bool_]  # (n_layers,)
     frequencies: NDArray[np.float64]  # (2 global or sliding, head_dim / 2), of rotary positions
+    exact: bool  # no matrix is rounded to codes
 
 
 class Scratch(NamedTuple):
     """Intermediate values of a chunk; `h` and `outputs` serve matrices of every width.
 
-    `h` has rows to spare up to a multiple of matmul.TOKENS.
+    `h` has rows to spare up to a multiple of inputs.TOKENS.
     """
 
     x: NDArray[np.float32]  # (chunk, hidden_size), the residual stream
     h: Inputs  # of the widest matrix
     outputs: NDArray[np.float32]  # (chunk, widest set of matrix outputs)
     queries: NDArray[np.float32]  # (chunk * n_heads * head_dim + what attention reads beyond,)
-    panels: NDArray[np.uint8]  # (n_threads, 16 matmul.PANEL)
+    panels: NDArray[np.uint8]  # (n_threads, matmul.scratch_bytes(chunk))
     angles: NDArray[np.float32]  # (2 global or sliding, 2 cos or sin, chunk, head_dim / 2)
     attention: attention.Scratch
+    attention_amx: attention_amx.Scratch
     head: head.Scratch
 
+
+_many = attention_amx if isa.AMX else attention
 
 STAGES = 10  # of a layer
 GATE_PART = 2048  # outputs of GeGLU that one thread computes at once
@@ -102,7 +107,7 @@ def _start_token(t, thread, s, weights, scratch, tokens, positions, h):
             scratch.angles[kind, 1, t],
         )
     rms_norm(x, weights.norms[0, ATTN_NORM], s.rms_norm_eps, h.values[t])
-    quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
+    round_inputs(h, t, 0, h.values.shape[1])
 
 
 @stage
@@ -142,7 +147,7 @@ def _mix_token(t, thread, s, positions, window, scratch, mixed):
         attention.merge_spans(
             t, positions, n_rows, s, window, scratch.attention, thread, mixed.values[t]
         )
-    quantize_row(mixed.values[t], mixed.codes[t], mixed.scales[t], mixed.offsets[t])
+    round_inputs(mixed, t, 0, mixed.values.shape[1])
 
 
 @stage
@@ -152,7 +157,7 @@ def _add_token(t, thread, x, y, post_norm, next_norm, eps, h):
         rms_norm(y[t, : x.shape[1]], post_norm, eps, y[t, : x.shape[1]])
     add(x[t], y[t])
     rms_norm(x[t], next_norm, eps, h.values[t])
-    quantize_row(h.values[t], h.codes[t], h.scales[t], h.offsets[t])
+    round_inputs(h, t, 0, h.values.shape[1])
 
 
 @stage
@@ -163,10 +168,12 @@ def _gate_part(item, thread, gate_up, h):
     t, start = item // parts, item % parts * GATE_PART
     stop = min(start + GATE_PART, width)
     geglu(gate_up[t, start:stop], gate_up[t, width + start : width + stop], h.values[t, start:stop])
-    runs = slice(start // 32, stop // 32)
-    quantize_row(
-        h.values[t, start:stop], h.codes[t, start:stop], h.scales[t, runs], h.offsets[t, runs]
-    )
+    round_inputs(h, t, start, stop)
+
+
+@stage
+def _round_token(t, thread, h):
+    round_inputs(h, t, 0, h.values.shape[1])
 
 
 @stage
@@ -175,15 +182,9 @@ def _cap_token(t, thread, logits, cap):
         soft_cap(logits[t], cap)
 
 
-@kernel
-def _multiply(counters, row, thread, n_threads, matrices, h, y, panels):
-    items = matmul.ITEMS * n_threads
-    matmul.matmul(counters, row, items, thread, matrices, h, y, panels, n_threads)
-
-
 def n_stages(n_layers: int) -> int:
     """Rows of counters that `forward` needs."""
-    return 1 + STAGES * n_layers + 4
+    return 1 + STAGES * n_layers + 5
 
 
 @entry
@@ -215,6 +216,7 @@ def forward(
     n, n_last, ffn = tokens.size, logits.shape[0], s.intermediate_size
     eps, matrices = s.rms_norm_eps, weights.matrices
     y, x, panels = scratch.outputs[:n], scratch.x[:n], scratch.panels
+    items = matmul.ITEMS * n_threads
     h = some_inputs(scratch.h, 0, n, s.hidden_size)
     mixed = some_inputs(scratch.h, 0, n, s.n_heads * s.head_dim)
     gated = some_inputs(scratch.h, 0, n, ffn)
@@ -227,7 +229,7 @@ def forward(
         w, norms = matrices[7 * layer : 7 * layer + 7], weights.norms[layer]
         slides, row = weights.slides[layer], 1 + STAGES * layer
         window = s.sliding_window if slides else 0
-        _multiply(counters, row, thread, n_threads, w[Q : V + 1], h, y, panels)
+        matmul.matmul(counters, row, items, thread, w[Q : V + 1], h, y, panels, n_threads)
         _place_head(
             counters,
             row + 1,
@@ -259,10 +261,10 @@ def forward(
                 scratch.attention,
             )
         else:
-            attention.attend_rows(
+            _many.attend_rows(
                 counters,
                 row + 2,
-                attention.n_row_items(n, s),
+                _many.n_row_items(n, s, weights.exact),
                 thread,
                 queries,
                 positions[0],
@@ -270,11 +272,12 @@ def forward(
                 s,
                 window,
                 is_int8,
-                scratch.attention,
+                weights.exact,
+                (scratch.attention, scratch.attention_amx),
                 mixed.values,
             )
         _mix_token(counters, row + 3, n, thread, s, positions, window, scratch, mixed)
-        _multiply(counters, row + 4, thread, n_threads, w[O : O + 1], mixed, y, panels)
+        matmul.matmul(counters, row + 4, items, thread, w[O : O + 1], mixed, y, panels, n_threads)
         _add_token(
             counters,
             row + 5,
@@ -287,10 +290,12 @@ def forward(
             eps,
             h,
         )
-        _multiply(counters, row + 6, thread, n_threads, w[GATE : UP + 1], h, y, panels)
+        matmul.matmul(counters, row + 6, items, thread, w[GATE : UP + 1], h, y, panels, n_threads)
         parts = (ffn + GATE_PART - 1) // GATE_PART
         _gate_part(counters, row + 7, n * parts, thread, y, gated)
-        _multiply(counters, row + 8, thread, n_threads, w[DOWN : DOWN + 1], gated, y, panels)
+        matmul.matmul(
+            counters, row + 8, items, thread, w[DOWN : DOWN + 1], gated, y, panels, n_threads
+        )
         # The row after the last layer's holds the final norm in this column.
         next_norm = weights.norms[layer + 1, ATTN_NORM]
         _add_token(
@@ -310,8 +315,10 @@ def forward(
         row = 1 + STAGES * s.n_layers
         embedding = matrices[7 * s.n_layers :]
         last = some_inputs(scratch.h, n - n_last, n, s.hidden_size)
-        if n_best and embedding[0, matmul.FORMAT] == matmul.PLANES:
-            items = matmul.ITEMS * n_threads
+        if n_last < n:  # They were rounded as so many tokens are, and not for themselves.
+            _round_token(counters, row, n_last, thread, last)
+        row += 1
+        if n_best and embedding[0, FORMAT] == PLANES:
             head.prepare(counters, row, n_last, thread, last, scratch.head)
             head.rank(
                 counters,
@@ -335,9 +342,8 @@ def forward(
                 scratch.head,
                 s.final_soft_cap,
                 logits,
-                panels,
                 n_threads,
             )
         else:
-            _multiply(counters, row, thread, n_threads, embedding, last, logits, panels)
+            matmul.matmul(counters, row, items, thread, embedding, last, logits, panels, n_threads)
             _cap_token(counters, row + 1, n_last, thread, logits, s.final_soft_cap)

@@ -17,21 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_cli.runtime.inputs import FEW, some_inputs
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.layers import soft_cap
-from gemma_cli.runtime.matmul import (
-    FEW,
-    GROUP_SIZE,
-    N_IN,
-    N_TILES,
-    SCALES,
-    SOME,
-    first_tile,
-    look_ahead,
-    multiply_coded,
-    some_inputs,
-    tile_address,
-)
+from gemma_cli.runtime.matmul import SOME, first_tile, look_ahead, multiply_few
+from gemma_cli.runtime.matrix import GROUP_SIZE, N_IN, N_TILES, SCALES, tile_address
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     add_outer,
@@ -204,7 +194,7 @@ def find_threshold(t, thread, n_best, scratch):
 
 
 @stage
-def refine(item, thread, matrices, h, scratch, cap, logits, panels, n_threads):
+def refine(item, thread, matrices, h, scratch, cap, logits, n_threads):
     """The logits of the tiles that may hold one of the largest, -inf for the others."""
     matrix = matrices[0]
     n_tiles = matrix[N_TILES]
@@ -215,15 +205,8 @@ def refine(item, thread, matrices, h, scratch, cap, logits, panels, n_threads):
         for t in range(len(h.codes)):
             out = logits[t, 16 * tile : 16 * tile + 16]
             if scratch.upper[t, tile] >= scratch.thresholds[t]:
-                multiply_coded(
-                    matrix,
-                    tile,
-                    tile + 1,
-                    some_inputs(h, t, t + 1, matrix[N_IN]),
-                    address_of(out),
-                    0,
-                    panels[thread],
-                )
+                inputs = some_inputs(h, t, t + 1, matrix[N_IN])
+                multiply_few(matrix, tile, tile + 1, inputs, address_of(out), 0)
                 if cap > 0:
                     soft_cap(out, cap)
             else:

@@ -6,6 +6,7 @@ code then keeps to that set, so that a newer CPU can run what an older one would
 """
 
 import ctypes
+import mmap
 import os
 import platform
 import sys
@@ -15,7 +16,7 @@ import llvmlite.binding as llvm
 
 from quantize.errors import GemmaError
 
-NAMES = ("avx512vnni", "avxvnni", "avx2", "i8mm", "neon", "plain")
+NAMES = ("amx", "avx512vnni", "avxvnni", "avx2", "i8mm", "neon", "plain")
 
 MACHINE = {"x86_64": "x86", "amd64": "x86", "aarch64": "arm", "arm64": "arm"}.get(
     platform.machine().lower(), "other"
@@ -34,7 +35,40 @@ def _features() -> dict[str, bool]:
         features |= linux_arm_features(Path("/proc/cpuinfo").read_text())
     if MACHINE == "arm" and sys.platform == "darwin":
         features |= {name: _apple_has(apple) for name, (_, apple) in _ARM_FEATURES.items()}
+    if features.get("amx-tile") and not _may_use_tiles():
+        features["amx-tile"] = False
     return features
+
+
+def _may_use_tiles() -> bool:
+    """Asks the operating system for AMX's tile registers, for this process and all its threads.
+
+    They make the memory of every thread that uses them 8 KB larger, so Linux wants to be asked
+    (Documentation/arch/x86/xstate.rst), and ends a process that did not. Other systems are left
+    alone. There are virtual machines, too, that show a CPU with AMX and refuse its instructions;
+    they have no palette to configure tiles with.
+    """
+    if MACHINE != "x86" or sys.platform != "linux" or not _n_palettes():
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    numbers = (ctypes.c_long(n) for n in (arch_prctl, request_permission, tile_data))
+    status: int = ctypes.CDLL(None).syscall(*numbers)
+    return status == 0
+
+
+def _n_palettes() -> int:
+    """The number of AMX's palettes, as the CPU tells: CPUID leaf 0x1D."""
+    # push rbx; mov eax, 0x1d; xor ecx, ecx; cpuid; pop rbx; ret
+    code = bytes.fromhex("53 b81d000000 31c9 0fa2 5b c3")
+    protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    try:
+        memory = mmap.mmap(-1, mmap.PAGESIZE, prot=protection)
+    except OSError:  # Some systems let no memory be written and run; then it remains unknown.
+        return 0
+    memory.write(code)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    n: int = ctypes.CFUNCTYPE(ctypes.c_uint32)(address)()
+    return n
 
 
 def linux_arm_features(cpuinfo: str) -> dict[str, bool]:
@@ -55,9 +89,10 @@ def _apple_has(feature: str) -> bool:
 def supported(features: dict[str, bool]) -> list[str]:
     """The instruction sets of NAMES that a CPU with these LLVM features runs, best first."""
     avx2 = all(features.get(name, False) for name in ("avx2", "fma", "f16c"))
+    vnni = avx2 and all(features.get(n, False) for n in ("avx512vnni", "avx512bw", "avx512vl"))
     runs = {
-        "avx512vnni": avx2
-        and all(features.get(name, False) for name in ("avx512vnni", "avx512bw", "avx512vl")),
+        "amx": vnni and all(features.get(n, False) for n in ("amx-tile", "amx-bf16", "avx512bf16")),
+        "avx512vnni": vnni,
         "avxvnni": avx2 and features.get("avxvnni", False),
         "avx2": avx2,
         "i8mm": features.get("dotprod", False) and features.get("i8mm", False),
@@ -80,6 +115,7 @@ def _choose() -> str:
 
 
 _DROPPED = {
+    "avx512vnni": ("amx",),
     "avxvnni": ("avx512", "amx"),
     "avx2": ("avx512", "amx", "avxvnni"),
     "neon": ("i8mm",),
@@ -108,3 +144,8 @@ def _tell_numba(name: str, runs: list[str], features: dict[str, bool]) -> None:
 
 
 NAME = _choose()
+
+AMX = NAME == "amx"
+"""Whether many tokens are multiplied by matrix units, few by what "avx512vnni" has."""
+
+AVX512 = NAME in ("amx", "avx512vnni")

@@ -1,121 +1,65 @@
 """Matrix products: y[t, r] = sum over i of W[r, i] x[t, i], for one token or many.
 
-W lies in tiles of 16 rows (quantize.packing), and a kernel computes a whole tile for TOKENS tokens
+W lies in tiles of 16 rows (quantize.packing), and a kernel computes a whole tile for several tokens
 at a time, each row in its own vector lane. Threads share the tiles of a matrix; every y is summed
-by one thread in one order, so results do not depend on the number of threads, nor on how many
-tokens go at once.
+by one thread in one order, so results do not depend on the number of threads, nor on which tokens
+go together.
 
-For int4 and int8 weights the inputs are rounded, too (`quantize_row`): int8 with one scale for 32
-inputs, so that a group's dot product is an exact integer:
+For int4 and int8 weights the inputs are rounded, too (`inputs.quantize_row`): int8 with one scale
+for 32 inputs, so that a group's dot product is an exact integer:
 
     y[t, r] = sum over groups g of w_scale[r, g] * sum over 32-input runs s of g of
               x_scale[t, s] * sum over i in s of w_code[r, i] x_code[t, i]
 
-For up to FEW tokens codes are used as they are read, at the memory's speed. For more, PANEL inputs
-of a tile at a time are first expanded to bytes, once for all tokens, in memory that stays in the
-L1 cache.
+For up to FEW tokens codes are used as they are read, at the memory's speed. For more they are
+expanded first, once for all tokens: to bytes, for the same sums in the same order
+(`matmul_panels`), or, where the CPU has matrix units, to bfloat16 (`matmul_amx`). Only there it
+makes a difference for a token whether it goes with FEW or with more: bfloat16 takes up to 2^-8 of
+itself from an input, and from a weight where it is multiplied by its scale; int8 takes as much of
+the largest of 32 inputs.
 """
 
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
-
-from gemma_cli.runtime import isa
+from gemma_cli.runtime import isa, matmul_amx, matmul_panels
+from gemma_cli.runtime.inputs import FEW, TOKENS
 from gemma_cli.runtime.kernel import kernel
+from gemma_cli.runtime.matrix import (
+    BF16,
+    CODEBOOK,
+    F32,
+    FORMAT,
+    GROUP_SIZE,
+    INT4,
+    INT4_CODEBOOK,
+    N_IN,
+    N_TILES,
+    PLANES,
+    PREFETCH,
+    SCALES,
+    run_bytes,
+    tile_address,
+)
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
-    absolute,
     add_outer,
     add_scaled,
     address_of,
     dots_codebook,
-    dots_expanded,
     dots_int4,
     dots_int8,
     dots_planes,
-    expand_codebook,
-    expand_int4,
-    expand_planes,
-    horizontal_max,
     load_bf16,
     load_f16,
     load_f32,
-    load_rows,
     prefetch,
-    splat,
-    store_i8,
     store_rows,
     zeros,
 )
-from quantize.packing import SLAB_TILES
 
-# The formats of a matrix, as the kernels know them; int4 with equal steps needs no codebook.
-INT4, INT4_CODEBOOK, INT8, PLANES, BF16, F32 = range(6)
-# Codes that _expand has laid out one after the other: of INT4, and of the others.
-EXPANDED, BYTES = 6, 7
-
-# Columns of the table that describes matrices to the kernels, int64.
-ADDRESS, FORMAT, N_TILES, N_IN, GROUP_SIZE, CODEBOOK = range(6)
-N_COLUMNS = 6
-
-
-class Inputs(NamedTuple):
-    """The inputs of a matrix, as float32 and as `quantize_row` rounds them."""
-
-    values: NDArray[np.float32]  # (n_tokens, n_in)
-    codes: NDArray[np.int8]  # (n_tokens, n_in)
-    scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
-    offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
-
-
-TOKENS = 8 if isa.NAME == "avx512vnni" else 4
-"""Tokens whose sums are held at once: what fits the vector registers."""
-
-FEW = 16
-"""Tokens up to which codes are used as they are read."""
+_many = matmul_amx if isa.AMX else matmul_panels
+scratch_bytes = _many.scratch_bytes
 
 SOME = 4
 """Of few tokens, those that go at once: as many as the memory gives time for."""
-
-PANEL = 1024
-"""Inputs of a tile that are expanded at once, a multiple of every group size: 16 KB."""
-
-SIDE = 8
-"""Tiles whose PANEL inputs are used one after the other."""
-
-PREFETCH = 1024
-SCALES = 32  # Bytes of the 16 float16 scales that open a block.
-
-
-@kernel
-def some_inputs(h, first, last, n_in):
-    """The first n_in inputs of some tokens."""
-    runs = n_in // 32
-    return Inputs(
-        h.values[first:last, :n_in],
-        h.codes[first:last, :n_in],
-        h.scales[first:last, :runs],
-        h.offsets[first:last, :runs],
-    )
-
-
-@kernel
-def quantize_row(x, codes, scales, offsets):
-    """Rounds one row of inputs to int8, with one scale for 32 of them.
-
-    x: float32 (n,), n a multiple of 32 -> codes int8 (n,); scales float32 (n / 32,), the largest
-    magnitude / 127; offsets int32 (n / 32,), -128 times the codes' sum. x is about scale * code.
-    """
-    source, target = address_of(x), address_of(codes)
-    for g in range(scales.size):
-        first, second = load_f32(source + 128 * g), load_f32(source + 128 * g + 64)
-        largest = max(horizontal_max(absolute(first)), horizontal_max(absolute(second)))
-        scales[g] = largest / 127
-        inverse = splat(127 / largest if largest > 1e-30 else 0.0)
-        total = store_i8(target + 32 * g, 1, first * inverse)
-        total += store_i8(target + 32 * g + 16, 1, second * inverse)
-        offsets[g] = -128 * total
 
 
 def _float_kernel(n):
@@ -170,7 +114,7 @@ def _few_kernel(n):
         `codes_stride` and `stride` bytes apart; y as in _float_kernel.
         """
         fmt, acc = matrix[FORMAT], zeros(n)
-        part = (512 if fmt == INT8 else 256) // share
+        part = run_bytes(fmt) // share
         gap = SCALES // share
         for _ in range(matrix[N_IN] // matrix[GROUP_SIZE]):
             w_scale = load_f16(w)
@@ -202,97 +146,8 @@ def _few_kernel(n):
     return multiply
 
 
-@kernel
-def _multiply_panel(
-    fmt,
-    n_groups,
-    group_size,
-    w,
-    w_scales,
-    step,
-    codes,
-    codes_stride,
-    scales,
-    offsets,
-    stride,
-    y,
-    y_stride,
-    count,
-    first,
-):
-    """Adds some groups to y[t, 0:16], or fills it with the `first`, for `count` of TOKENS tokens.
-
-    fmt: EXPANDED, BYTES or INT8; w: address of the first group's bytes; w_scales: of its scales,
-    `step` bytes from those of the next, and so are bytes of INT8. The rest as in _few_kernel.
-    """
-    acc = zeros(TOKENS) if first else load_rows(y, y_stride, count, TOKENS)
-    for _ in range(n_groups):
-        w_scale = load_f16(w_scales)
-        w_scales += step
-        for _ in range(group_size // 32):
-            if fmt == EXPANDED:
-                dots = dots_expanded(w, codes, codes_stride, offsets, stride, TOKENS)
-            else:
-                dots = dots_int8(w, codes, codes_stride, offsets, stride, TOKENS)
-            acc = add_scaled(acc, dots, w_scale, scales, stride)
-            w, codes, scales, offsets = w + 512, codes + 32, scales + 4, offsets + 4
-        if fmt == INT8:
-            w += SCALES
-    store_rows(y, y_stride, acc, count)
-
-
 _float_one, _float_some = _float_kernel(1), _float_kernel(TOKENS)
 _one, _some = _few_kernel(1), _few_kernel(SOME)
-
-
-@kernel
-def _expand(matrix, w, low, n_groups, panel):
-    """Expands the codes of some groups to bytes at the address `panel`; gives their new format.
-
-    w: address of the first group's codes; low: of its low nibbles, for PLANES.
-    """
-    fmt = matrix[FORMAT]
-    for _ in range(n_groups):
-        for _ in range(matrix[GROUP_SIZE] // 32):
-            for line in range(0, 256, 64):
-                prefetch(w + PREFETCH + line)
-                if fmt == PLANES:
-                    prefetch(low + PREFETCH + line)
-            if fmt == INT4:
-                expand_int4(w, 0, panel)
-            elif fmt == INT4_CODEBOOK:
-                expand_codebook(w, matrix[CODEBOOK], panel)
-            else:
-                expand_planes(w, low, panel)
-                low += 256
-            w, panel = w + 256, panel + 512
-        w += SCALES
-    return EXPANDED if fmt == INT4 else BYTES
-
-
-@kernel
-def tile_bytes(matrix):
-    """Bytes of one tile of a matrix of the table; as quantize.packing.tile_bytes."""
-    n_in, fmt = matrix[N_IN], matrix[FORMAT]
-    if fmt == F32:
-        return 64 * n_in
-    if fmt == BF16:
-        return 32 * n_in
-    run = 512 if fmt in (INT8, PLANES) else 256
-    return n_in // matrix[GROUP_SIZE] * (SCALES + matrix[GROUP_SIZE] // 32 * run)
-
-
-@kernel
-def tile_address(matrix, tile):
-    """Where a tile lies, and, for PLANES, its low nibbles."""
-    size = tile_bytes(matrix)
-    if matrix[FORMAT] != PLANES:
-        return matrix[ADDRESS] + tile * size, 0
-    low = 8 * matrix[N_IN]
-    before, within = tile // SLAB_TILES * SLAB_TILES, tile % SLAB_TILES
-    slab = matrix[ADDRESS] + before * size
-    n_tiles = min(SLAB_TILES, matrix[N_TILES] - before)
-    return slab + within * (size - low), slab + n_tiles * (size - low) + within * low
 
 
 @kernel
@@ -306,67 +161,18 @@ def look_ahead(matrix, tile, pass_, passes):
     if passes == 1:
         return w + PREFETCH, low + PREFETCH
     next_w, next_low = tile_address(matrix, tile + 1)
-    n_bytes = (512 if matrix[FORMAT] == INT8 else 256) * (matrix[N_IN] // 32) // passes
+    n_bytes = run_bytes(matrix[FORMAT]) * (matrix[N_IN] // 32) // passes
     return next_w + pass_ * n_bytes, next_low + pass_ * n_bytes
 
 
 @kernel
-def _multiply_part(matrix, tile, start, stop, h, y, y_stride, panel):
-    """Adds the inputs start to stop of one tile for many tokens; as multiply_coded."""
-    n_tokens, group_size, fmt = len(h.codes), matrix[GROUP_SIZE], matrix[FORMAT]
-    n_groups = (stop - start) // group_size
-    address, low = tile_address(matrix, tile)
-    step = SCALES + group_size // 32 * (512 if fmt == INT8 else 256)
-    w_scales = address + start // group_size * step
-    w = w_scales + SCALES
-    if fmt != INT8:
-        fmt = _expand(matrix, w, low + 8 * start, n_groups, address_of(panel))
-        w = address_of(panel)
-    # While these tokens are multiplied, the next tile's codes come from the memory.
-    next_tile = w_scales + matrix[N_IN] // group_size * step
-    n_bytes = n_groups * step
-    for t in range(0, n_tokens, TOKENS):
-        for line in range(n_bytes * t // n_tokens, n_bytes * (t + TOKENS) // n_tokens, 64):
-            prefetch(next_tile + line)
-        _multiply_panel(
-            fmt,
-            n_groups,
-            group_size,
-            w,
-            w_scales,
-            step,
-            address_of(h.codes[t, start:]),
-            h.codes.strides[0],
-            address_of(h.scales[t, start // 32 :]),
-            address_of(h.offsets[t, start // 32 :]),
-            h.scales.strides[0],
-            y + t * y_stride,
-            y_stride,
-            n_tokens - t,
-            start == 0,
-        )
+def multiply_few(matrix, first, last, h, y, y_stride):
+    """int4 or int8 tiles for up to FEW tokens.
 
-
-@kernel
-def _multiply_many(matrix, first, last, h, y, y_stride, panel):
-    """multiply_coded for many tokens: SIDE tiles go through the inputs side by side, so that these
-    come from the L2 cache."""
-    n_in = matrix[N_IN]
-    for some in range(first, last, SIDE):
-        for start in range(0, n_in, PANEL):
-            stop = min(start + PANEL, n_in)
-            for tile in range(some, min(some + SIDE, last)):
-                out = y + 64 * (tile - first)
-                _multiply_part(matrix, tile, start, stop, h, out, y_stride, panel)
-
-
-@kernel
-def multiply_coded(matrix, first, last, h, y, y_stride, panel):
-    """int4 or int8 tiles; h: the inputs as in matmul, y: address of the first one's outputs."""
+    matrix: a row of the table; first, last: its tiles; h: Inputs; y: address of the first tile's
+    outputs, float32, those of tokens y_stride bytes apart.
+    """
     n_tokens = len(h.codes)
-    if n_tokens > FEW:
-        _multiply_many(matrix, first, last, h, y, y_stride, panel)
-        return
     passes = (n_tokens + SOME - 1) // SOME
     for tile in range(first, last):
         w, low = tile_address(matrix, tile)
@@ -396,7 +202,7 @@ def multiply_coded(matrix, first, last, h, y, y_stride, panel):
 
 @kernel
 def _multiply_floats(matrix, first, last, h, y, y_stride):
-    """bf16 or f32 tiles; as multiply_coded."""
+    """bf16 or f32 tiles for any number of tokens; as multiply_few."""
     x, stride = h.values, h.values.strides[0]
     for tile in range(first, last):
         w, _ = tile_address(matrix, tile)
@@ -410,7 +216,7 @@ def _multiply_floats(matrix, first, last, h, y, y_stride):
 
 
 ITEMS = 5
-"""Items of a matrix product for each thread: a large one, and small ones to end together."""
+"""Items of a matrix product for each thread."""
 
 
 @kernel
@@ -430,24 +236,30 @@ def first_tile(item, n_tiles, n_threads):
 def matmul(item, thread, matrices, h, y, panels, n_threads):
     """Multiplies the same inputs by several matrices, whose outputs lie side by side.
 
-    Does one of ITEMS * n_threads items. matrices: int64 (n_matrices, N_COLUMNS); h: the
-    inputs, values float32 (n_tokens, n_in), read by float formats, and the same from quantize_row,
-    codes (n_tokens, n_in), scales, offsets (n_tokens, n_in / 32), read by the others; y: float32,
-    n_tokens rows of at least 16 times all tiles. Each row is contiguous; of the inputs, there are
-    rows to spare up to a multiple of TOKENS. panels: uint8 (n_threads, 16 PANEL).
+    Does one of ITEMS * n_threads items. matrices: int64 (n_matrices, N_COLUMNS); h: Inputs of width
+    n_in, which `round_inputs` has rounded, with rows to spare up to a multiple of TOKENS; y:
+    float32, n_tokens rows of at least 16 times all tiles, each contiguous. panels: uint8
+    (n_threads, scratch_bytes(n_tokens)).
     """
     y_stride = y.strides[0]
+    many = len(h.values) > FEW
     total = matrices[:, N_TILES].sum()
-    start = first_tile(item, total, n_threads)
-    stop = first_tile(item + 1, total, n_threads)
+    if isa.AMX and many:
+        start = matmul_amx.first_tile(item, total, n_threads, ITEMS)
+        stop = matmul_amx.first_tile(item + 1, total, n_threads, ITEMS)
+    else:
+        start = first_tile(item, total, n_threads)
+        stop = first_tile(item + 1, total, n_threads)
     before = 0  # tiles of the matrices passed
     for m in range(matrices.shape[0]):
         matrix = matrices[m]
-        n_tiles = matrix[N_TILES]
-        first, last = max(start, before), min(stop, before + n_tiles)
-        out = address_of(y) + 64 * first
-        if matrix[FORMAT] in (BF16, F32):
-            _multiply_floats(matrix, first - before, last - before, h, out, y_stride)
+        n_tiles, fmt = matrix[N_TILES], matrix[FORMAT]
+        first, last = max(start - before, 0), min(stop - before, n_tiles)
+        out = address_of(y) + 64 * (before + first)
+        if many and fmt in _many.FORMATS:
+            _many.multiply(matrix, first, last, h, out, y_stride, panels[thread])
+        elif fmt in (BF16, F32):
+            _multiply_floats(matrix, first, last, h, out, y_stride)
         else:
-            multiply_coded(matrix, first - before, last - before, h, out, y_stride, panels[thread])
+            multiply_few(matrix, first, last, h, out, y_stride)
         before += n_tiles

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import attention, head, matmul, team
+from gemma_cli.runtime import amx, attention, attention_amx, head, isa, matmul, matrix, team
 from gemma_cli.runtime.forward import (
     MATRICES,
     NORMS,
@@ -19,6 +19,7 @@ from gemma_cli.runtime.forward import (
     forward,
     n_stages,
 )
+from gemma_cli.runtime.inputs import FEW, TOKENS, Inputs, allocate_blocks
 from gemma_cli.runtime.kv_cache import KVCache
 from gemma_cli.runtime.layers import rotary_frequencies
 from quantize import packing
@@ -26,19 +27,22 @@ from quantize.config import GemmaConfig
 from quantize.grouping import LINEAR_LEVELS
 from quantize.modelfile import MatrixSpec, ModelFile
 
-CHUNK_SIZE = 128
-"""Tokens processed at once: bounds the scratch memory and the time until a signal is seen."""
+CHUNK_SIZE = 512 if isa.AMX else 128
+"""Tokens processed at once: bounds the scratch memory and the time until a signal is seen.
 
-MOST_ROWS = matmul.FEW
+Matrix units want more, since weights are expanded once for a chunk, and are as much faster.
+"""
+
+MOST_ROWS = FEW
 """Tokens whose logits `forward_each` and `decode` give at once, reading each weight once."""
 
 Ids = Sequence[int] | NDArray[np.int32]
 
 _FORMATS = {
-    "int8": matmul.INT8,
-    "int8_planes": matmul.PLANES,
-    "bf16": matmul.BF16,
-    "f32": matmul.F32,
+    "int8": matrix.INT8,
+    "int8_planes": matrix.PLANES,
+    "bf16": matrix.BF16,
+    "f32": matrix.F32,
 }
 
 
@@ -110,7 +114,9 @@ class Model:
                 rotary_frequencies(config.head_dim, config.rope_local_base, 1.0),
             ]
         )
-        return Weights(matrices, norms, np.array(config.sliding_layers, np.bool_), frequencies)
+        slides = np.array(config.sliding_layers, np.bool_)
+        exact = bool(np.isin(matrices[:, matrix.FORMAT], (matrix.BF16, matrix.F32)).all())
+        return Weights(matrices, norms, slides, frequencies, exact)
 
     def _matrix(self, name: str) -> tuple[int, ...]:
         """A matrix's row of the kernels' table."""
@@ -118,7 +124,7 @@ class Model:
         codebook = _levels(m)
         self._codebooks.append(codebook)  # The table holds its address only.
         linear = m.codebook == LINEAR_LEVELS
-        fmt = _FORMATS.get(m.format, matmul.INT4 if linear else matmul.INT4_CODEBOOK)
+        fmt = _FORMATS.get(m.format, matrix.INT4 if linear else matrix.INT4_CODEBOOK)
         return tiles.ctypes.data, fmt, len(tiles), m.n_in, m.group_size, codebook.ctypes.data
 
     def _allocate(self) -> Scratch:
@@ -128,23 +134,26 @@ class Model:
         def rows(n: int, dtype: type) -> NDArray[Any]:
             # One cache line more than needed: rows a power of two apart would all meet in the
             # same places of a cache.
-            return np.zeros((chunk + matmul.TOKENS, n + 64), dtype)
+            return np.zeros((chunk + TOKENS, n + 64), dtype)
 
+        formats = self._weights.matrices[:, matrix.FORMAT]
         widest = max(c.hidden_size, c.intermediate_size, heads)
         outputs = max(c.hidden_size, 2 * c.intermediate_size, heads + 2 * c.n_kv_heads * c.head_dim)
         return Scratch(
             x=np.zeros((chunk, c.hidden_size), np.float32),
-            h=matmul.Inputs(
+            h=Inputs(
                 rows(widest, np.float32),
                 rows(widest, np.int8),
                 rows(widest // 32, np.float32),
                 rows(widest // 32, np.int32),
+                allocate_blocks(chunk, widest, bool((formats == matrix.BF16).any())),
             ),
             outputs=rows(outputs, np.float32),
             queries=np.zeros((chunk * c.n_heads + attention.ROWS) * c.head_dim, np.float32),
-            panels=np.zeros((self.n_threads, 16 * matmul.PANEL), np.uint8),
+            panels=amx.allocate((self.n_threads, matmul.scratch_bytes(chunk)), np.uint8),
             angles=np.zeros((2, 2, chunk, c.head_dim // 2), np.float32),
             attention=attention.allocate(self.n_threads, c.head_dim, 0),
+            attention_amx=attention_amx.allocate_scratch(self.n_threads, c.head_dim),
             head=head.allocate(self.n_threads, c.hidden_size, self._n_tiles),
         )
 
@@ -165,7 +174,7 @@ class Model:
         for other in self._others:
             other.result()  # It has nothing left to do, but may not have said so yet.
         self._counters[:] = 0
-        if len(ids) <= matmul.FEW:
+        if len(ids) <= FEW:
             self._reserve_partials(len(ids), caches[0].context)
         tables = np.stack([cache.table for cache in caches])
         positions = np.array([cache.length for cache in caches], np.int64)

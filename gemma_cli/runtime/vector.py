@@ -180,12 +180,12 @@ def _dot4_unsigned(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> 
         # Not smmla, i8mm's matrix product: it takes 8 inputs of 2 rows from a register, and a
         # tile has 4 inputs of 4 rows there, so all codes would have to be shuffled first.
         return _by_part(b, 4, usdot, acc, w, x)
-    if isa.NAME == "avx512vnni":
+    if isa.AVX512:
         return busd(512)(acc, w, x)
     return _by_part(b, 2, busd(256), acc, w, x)
 
 
-_UNSIGNED = isa.NAME in ("avx512vnni", "avxvnni", "i8mm")
+_UNSIGNED = isa.AVX512 or isa.NAME in ("avxvnni", "i8mm")
 """Whether the CPU sums products of unsigned by signed bytes in 32 bits."""
 
 _dot4_signed = {"avx2": _dot4_avx2, "neon": _dot4_neon}.get(isa.NAME, _dot4_plain)
@@ -193,7 +193,7 @@ _dot4_signed = {"avx2": _dot4_avx2, "neon": _dot4_neon}.get(isa.NAME, _dot4_plai
 
 def _shuffle16(b: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
     """table[code] for 64 codes; table is 16 bytes, four times over."""
-    if isa.NAME == "avx512vnni":
+    if isa.AVX512:
         return _call(b, "llvm.x86.avx512.pshuf.b.512", _VI8, [table, codes])
     if isa.NAME in ("avxvnni", "avx2"):
         return _by_part(
@@ -438,6 +438,81 @@ expand_planes = _expand(
 )
 
 
+# The same codes as bfloat16, as the matrix units read them.
+
+
+def _to_bfloats(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
+    """Two vectors to 32 bfloat16, rounded to nearest, ties to even."""
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    return _call(b, name, ir.VectorType(_I16, 2 * LANES), [second, first])
+
+
+_SIDE_BY_SIDE = [LANES * (i % 2) + i // 2 for i in range(2 * LANES)]
+"""Lanes of two vectors, so that those with the same number become neighbours."""
+
+
+def _choose_lanes(b: ir.IRBuilder, vector: ir.Value, lanes: Sequence[int]) -> ir.Value:
+    return b.shuffle_vector(vector, vector, _const(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def _expand_scaled(emit: Callable[..., list[ir.Value]], doc: str) -> Any:
+    @intrinsic
+    def function(typingctx: Any, w: Any, other: Any, scales: Any, target: Any):
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            w, other, scales, target = args
+            scale = _half_to_float(b, scales)
+            # Of 16 rows, 8 and then 8, with two inputs of each row side by side.
+            doubled = [[8 * half + i // 2 for i in range(LANES)] for half in range(2)]
+            factors = [_choose_lanes(b, scale, lanes) for lanes in doubled]
+            offsets = [b.fmul(factor, _const(_VF32, -128.0)) for factor in factors]
+            for run, codes in enumerate(emit(b, w, other)):
+                fours = [_choose_lanes(b, b.bitcast(codes, _VI32), lanes) for lanes in doubled]
+                for pair in range(2):
+                    shift = _const(_VI32, [16 * pair + 8 * (i % 2) for i in range(LANES)])
+                    values = []
+                    for four, factor, offset in zip(fours, factors, offsets, strict=True):
+                        byte = b.and_(b.lshr(four, shift), _const(_VI32, 255))
+                        # Exact: a byte and a float16 have 19 bits together.
+                        values.append(_fma(b, b.uitofp(byte, _VF32), factor, offset))
+                    _store(b, _offset(b, target, 64 * (2 * run + pair)), _to_bfloats(b, *values))
+            return context.get_dummy_value()
+
+        return types.void(w, other, scales, target), codegen
+
+    function.__doc__ = doc
+    return function
+
+
+expand_scaled_codebook = _expand_scaled(
+    _codebook_bytes,
+    """16 x 64 bytes at `target`: 32 inputs of int4 codes times their scales, as bfloat16.
+
+    w, levels: as in dots_codebook; scales: address of 16 float16. Row k holds the inputs 2 k and
+    2 k + 1 of each of the 16 rows of w, side by side.
+    """,
+)
+expand_scaled_int8 = _expand_scaled(
+    lambda b, w, other: [_load(b, _offset(b, w, 64 * run), _VI8) for run in range(8)],
+    "As expand_scaled_codebook, of the bytes of dots_int8.",
+)
+expand_scaled_planes = _expand_scaled(
+    _planes_bytes, "As expand_scaled_codebook, of the planes of dots_planes."
+)
+
+
+@intrinsic
+def expand_bf16(typingctx: Any, w: Any, target: Any):
+    """As expand_scaled_codebook, of bfloat16 weights, those of 16 rows input by input."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        for k in range(16):
+            pair = _load(b, _offset(b, args[0], 64 * k), ir.VectorType(_I16, 2 * LANES))
+            _store(b, _offset(b, args[1], 64 * k), _choose_lanes(b, pair, _SIDE_BY_SIDE))
+        return context.get_dummy_value()
+
+    return types.void(w, target), codegen
+
+
 @intrinsic(prefer_literal=True)
 def zeros(typingctx: Any, n: Any):
     """n x f32x16 of zeros."""
@@ -664,6 +739,28 @@ def _float_to_half(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     below = b.icmp_unsigned("<", bits, _const(_VI32, (127 - 14) << 23))
     rounded = b.select(below, subnormal, normal)
     return b.trunc(b.or_(rounded, sign), ir.VectorType(_I16, LANES))
+
+
+@intrinsic
+def store_bf16(typingctx: Any, address: Any, first: Any, second: Any):
+    """Stores two f32x16 as 32 bfloat16, rounded to nearest, ties to even; needs AVX-512-BF16."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        _store(b, args[0], _to_bfloats(b, args[1], args[2]))
+        return context.get_dummy_value()
+
+    return types.void(address, first, second), codegen
+
+
+@intrinsic
+def store_bf16_pairs(typingctx: Any, address: Any, first: Any, second: Any):
+    """As store_bf16, with the lanes of both side by side: first[0], second[0], first[1], ..."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        _store(b, args[0], _choose_lanes(b, _to_bfloats(b, args[1], args[2]), _SIDE_BY_SIDE))
+        return context.get_dummy_value()
+
+    return types.void(address, first, second), codegen
 
 
 @intrinsic

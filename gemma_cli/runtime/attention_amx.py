@@ -1,0 +1,250 @@
+"""Attention of many tokens by AMX; the equation and its spans are `attention`'s.
+
+Queries, keys, the weights of positions and values become bfloat16; scores and sums are float32. So
+a query's result differs from `attention_rows`'s by roundings, up to 2^-8 of each of them, and is
+used only where weights are rounded, too. It depends on nothing but the query, as it does there.
+
+A span's keys and values are expanded once for ROWS queries, which takes as long as multiplying 60
+of them, and all that is used meanwhile (0.8 MB for heads of 256) stays in the L2 cache.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_cli.runtime import attention, isa
+from gemma_cli.runtime.amx import (
+    BLOCK,
+    STEP,
+    TILE,
+    allocate,
+    configure,
+    lost,
+    mark,
+    multiply_blocks,
+    release,
+)
+from gemma_cli.runtime.attention import MASKED, SPAN, divide, fill, merge, seen, weigh_positions
+from gemma_cli.runtime.inputs import block_offset
+from gemma_cli.runtime.kernel import kernel
+from gemma_cli.runtime.kv_cache import BLOCK as KEY_TILE
+from gemma_cli.runtime.kv_cache import CAPACITY, KEY_SCALES, KEYS, VALUES
+from gemma_cli.runtime.team import stage
+from gemma_cli.runtime.vector import (
+    address_of,
+    load_f16,
+    load_f32,
+    load_i8,
+    splat,
+    store_bf16,
+    store_bf16_pairs,
+    store_f32,
+)
+
+ROWS = 128
+"""Queries of an item, a multiple of BLOCK."""
+
+
+class Scratch(NamedTuple):
+    """A thread's memory: what is multiplied, bfloat16 in the order of tiles, and what is summed."""
+
+    queries: NDArray[np.uint16]  # (n_threads, ROWS * head_dim), in blocks as inputs are
+    keys: NDArray[np.uint16]  # (n_threads, SPAN * head_dim)
+    values: NDArray[np.uint16]  # (n_threads, SPAN * head_dim)
+    scores: NDArray[np.float32]  # (n_threads, ROWS, SPAN + 16): rows in different parts of a cache
+    weights: NDArray[np.float32]  # (n_threads, SPAN), of one query
+    rounded: NDArray[np.uint16]  # (n_threads, ROWS * SPAN), of all, in blocks
+    sums: NDArray[np.float32]  # (n_threads, 2 a span's or total, ROWS, head_dim)
+    maxima: NDArray[np.float32]  # (n_threads, 2, ROWS)
+    divisors: NDArray[np.float32]  # (n_threads, 2, ROWS)
+    lines: NDArray[np.uint8]  # (n_threads, 64), for `amx.lost`
+
+
+def allocate_scratch(n_threads: int, head_dim: int) -> Scratch:
+    """Scratch memory, nothing without AMX."""
+    n = n_threads if isa.AMX else 0
+    return Scratch(
+        allocate((n, ROWS * head_dim), np.uint16),
+        allocate((n, SPAN * head_dim), np.uint16),
+        allocate((n, SPAN * head_dim), np.uint16),
+        allocate((n, ROWS, SPAN + 16), np.float32),
+        allocate((n, SPAN), np.float32),
+        allocate((n, ROWS * SPAN), np.uint16),
+        allocate((n, 2, ROWS, head_dim), np.float32),
+        allocate((n, 2, ROWS), np.float32),
+        allocate((n, 2, ROWS), np.float32),
+        allocate((n, 64), np.uint8),
+    )
+
+
+@kernel
+def _load(address, is_int8):
+    return load_i8(address) if is_int8 else load_f16(address)
+
+
+@kernel
+def _round_queries(q, rows, head_dim, target):
+    """q: address of float32 (rows, head_dim)."""
+    for r in range(rows):
+        for i in range(0, head_dim, 32):
+            x = q + 4 * (r * head_dim + i)
+            store_bf16(target + block_offset(r, i, head_dim), load_f32(x), load_f32(x + 64))
+
+
+@kernel
+def _expand_keys(cache, head, span, first, last, head_dim, is_int8, target):
+    """Keys of positions first to last of a span to tiles, those of BLOCK positions side by side."""
+    size = 1 if is_int8 else 2
+    for p in range(first, last, KEY_TILE):
+        slot = head * cache[CAPACITY] + p % cache[CAPACITY]
+        key = cache[KEYS] + size * slot * head_dim
+        place = target + (p - span) // BLOCK * (head_dim // 32 * STEP) + p % BLOCK // 16 * TILE
+        for i in range(0, head_dim, 32):
+            for k in range(16):
+                even = key + size * KEY_TILE * (i + 2 * k)
+                odd = even + size * KEY_TILE
+                store_bf16_pairs(place + 64 * k, _load(even, is_int8), _load(odd, is_int8))
+            place += STEP
+
+
+@kernel
+def _expand_values(cache, head, span, first, last, high, head_dim, is_int8, target):
+    """Values of the same to tiles, those of 32 inputs side by side; zeros from position high on."""
+    size = 1 if is_int8 else 2
+    for p in range(first, last, 2):
+        slot = head * cache[CAPACITY] + p % cache[CAPACITY]
+        value = cache[VALUES] + size * slot * head_dim
+        for i in range(0, head_dim, 16):
+            even = odd = splat(0.0)
+            if p < high:
+                even = _load(value + size * i, is_int8)
+            if p + 1 < high:
+                odd = _load(value + size * (i + head_dim), is_int8)
+            place = (i // 32 * (SPAN // 32) + (p - span) // 32) * STEP + i % 32 // 16 * TILE
+            store_bf16_pairs(target + place + p % 32 // 2 * 64, even, odd)
+
+
+@kernel
+def _multiply(a, b, rows, columns, inputs, width, c, line):
+    """c[r, n] = sum over i of a[r, i] b[n, i], for columns n and inputs i in the ranges given.
+
+    a, b: addresses of blocks and of tiles, of rows and columns of `width` inputs; c: float32, a
+    multiple of BLOCK rows and columns; line: as `amx.lost` wants it.
+    """
+    while True:
+        mark()
+        for r in range(0, rows, BLOCK):
+            for n in range(columns[0], columns[1], BLOCK):
+                multiply_blocks(
+                    a + block_offset(r, inputs[0], width),
+                    b + block_offset(n, inputs[0], width),
+                    (inputs[1] - inputs[0]) // 32,
+                    address_of(c[r, n:]),
+                    c.strides[0],
+                    True,
+                )
+        if not lost(line):
+            return
+
+
+@kernel
+def _scale_scores(scores, cache, head, first, last):
+    """Multiplies a query's scores, from that of position first on, by the scales of int8 keys."""
+    scales = cache[KEY_SCALES] + 4 * head * cache[CAPACITY]
+    for p in range(first, last, 16):
+        at = address_of(scores) + 4 * (p - first)
+        store_f32(at, load_f32(at) * load_f32(scales + 4 * (p % cache[CAPACITY])))
+
+
+@kernel
+def _round_weights(weights, r, start, stop, high, target):
+    """A query's weights to blocks; zeros from position high on, where scales may be anything."""
+    weights[min(high, stop) : stop] = 0
+    for p in range(start, stop, 32):
+        w = address_of(weights) + 4 * p
+        store_bf16(target + block_offset(r, p, SPAN), load_f32(w), load_f32(w + 64))
+
+
+@kernel
+def _rounds(s, exact):
+    """Whether this is done by AMX, which wants heads of a multiple of 32 inputs."""
+    return not exact and s.head_dim % 32 == 0
+
+
+@kernel
+def n_row_items(n_tokens, s, exact):
+    """Items of `attend_rows`."""
+    if not _rounds(s, exact):
+        return attention.n_row_items(n_tokens, s, exact)
+    n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
+    return s.n_kv_heads * ((n_rows + ROWS - 1) // ROWS)
+
+
+@kernel
+def _attend_item(item, thread, q, position, cache, s, window, is_int8, scratch, out):
+    """An item of attend_rows, ROWS queries of a key head."""
+    group, head_dim = s.n_heads // s.n_kv_heads, s.head_dim
+    head, block = item % s.n_kv_heads, item // s.n_kv_heads
+    # The last queries see most, and come first: so threads end together.
+    first_row = (q.shape[1] - 1) // ROWS * ROWS - block * ROWS
+    rows = min(ROWS, q.shape[1] - first_row)
+    queries, keys = address_of(scratch.queries[thread]), address_of(scratch.keys[thread])
+    values, rounded = address_of(scratch.values[thread]), address_of(scratch.rounded[thread])
+    scores, weights = scratch.scores[thread], scratch.weights[thread]
+    part, total = scratch.sums[thread, 0], scratch.sums[thread, 1]
+    maxima, divisors = scratch.maxima[thread], scratch.divisors[thread]
+    line = address_of(scratch.lines[thread])
+    for r in range(rows):
+        maxima[1, r], divisors[1, r] = MASKED, 0
+        fill(total[r], 0)
+    _round_queries(address_of(q[head, first_row]), rows, head_dim, queries)
+    oldest = seen(position + first_row // group, window)
+    newest = position + (first_row + rows - 1) // group
+    configure()
+    for span in range(oldest // SPAN * SPAN, newest + 1, SPAN):
+        low, high = max(span, oldest), min(span + SPAN, newest + 1)
+        first, last = low // 32 * 32, (high + 31) // 32 * 32
+        start, stop = first - span, last - span
+        _expand_keys(cache, head, span, first, last, head_dim, is_int8, keys)
+        _expand_values(cache, head, span, first, last, high, head_dim, is_int8, values)
+        _multiply(queries, keys, rows, (start, stop), (0, head_dim), head_dim, scores, line)
+        for r in range(rows):
+            if is_int8:
+                _scale_scores(scores[r, start:], cache, head, first, last)
+            here = position + (first_row + r) // group
+            maxima[0, r], divisors[0, r] = weigh_positions(
+                scores[r],
+                here,
+                window,
+                s.attention_soft_cap,
+                cache,
+                head,
+                is_int8,
+                span,
+                first,
+                last,
+                weights,
+            )
+            _round_weights(weights, r, start, stop, high - span, rounded)
+        _multiply(rounded, values, rows, (0, head_dim), (start, stop), SPAN, part, line)
+        for r in range(rows):
+            maxima[1, r], divisors[1, r] = merge(
+                total[r], maxima[1, r], divisors[1, r], part[r], maxima[0, r], divisors[0, r]
+            )
+    release()
+    for r in range(rows):
+        query = head * group + (first_row + r) % group
+        target = address_of(out[(first_row + r) // group]) + 4 * query * head_dim
+        divide(total[r], divisors[1, r], target)
+
+
+@stage
+def attend_rows(item, thread, q, position, cache, s, window, is_int8, exact, scratches, out):
+    """As attention.attend_rows; scratches: of that, and of this module."""
+    if _rounds(s, exact):
+        _attend_item(item, thread, q, position, cache, s, window, is_int8, scratches[1], out)
+    else:
+        attention.attend_row_item(
+            item, thread, q, position, cache, s, window, is_int8, scratches[0], out
+        )

@@ -1,0 +1,119 @@
+"""The inputs of a matrix product, rounded as its kernels read them.
+
+For int4 and int8 weights they become int8, with one scale for 32 of them. Where there are matrix
+units, those of many tokens become bfloat16 instead. For bf16 weights, which are exact, each becomes
+three, the next of which holds what those before lack: together they have the 24 bits of a float32.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma_cli.runtime import amx, isa
+from gemma_cli.runtime.amx import BLOCK, STEP
+from gemma_cli.runtime.kernel import kernel
+from gemma_cli.runtime.vector import (
+    absolute,
+    address_of,
+    horizontal_max,
+    load_bf16,
+    load_f32,
+    splat,
+    store_bf16,
+    store_i8,
+)
+
+FEW = 16
+"""Tokens up to which codes of weights are used as they are read."""
+
+TOKENS = 8 if isa.AVX512 else 4
+"""Tokens whose sums are held at once: what fits the vector registers."""
+
+
+class Inputs(NamedTuple):
+    """Inputs as float32, and what they are rounded to, codes or blocks."""
+
+    values: NDArray[np.float32]  # (n_tokens, n_in)
+    codes: NDArray[np.int8]  # (n_tokens, n_in)
+    scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
+    offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
+    # bfloat16 for matrix units, a row for each part, (n_tokens / BLOCK rounded up, n_in / 32, BLOCK
+    # tokens, 32 inputs).
+    blocks: NDArray[np.uint16]
+
+
+def allocate_blocks(n_tokens: int, n_in: int, exact: bool) -> NDArray[np.uint16]:
+    """Memory for `blocks`; exact: for bf16 weights, too."""
+    if not isa.AMX:
+        return np.zeros((0, 0), np.uint16)
+    return amx.allocate((3 if exact else 1, -(-n_tokens // BLOCK) * BLOCK * n_in), np.uint16)
+
+
+@kernel
+def some_inputs(h, first, last, n_in):
+    """The first n_in inputs of some tokens, without their blocks if not of the first on."""
+    runs = n_in // 32
+    return Inputs(
+        h.values[first:last, :n_in],
+        h.codes[first:last, :n_in],
+        h.scales[first:last, :runs],
+        h.offsets[first:last, :runs],
+        h.blocks,
+    )
+
+
+@kernel
+def quantize_row(x, codes, scales, offsets):
+    """Rounds one row of inputs to int8, with one scale for 32 of them.
+
+    x: float32 (n,), n a multiple of 32 -> codes int8 (n,); scales float32 (n / 32,), the largest
+    magnitude / 127; offsets int32 (n / 32,), -128 times the codes' sum. x is about scale * code.
+    """
+    source, target = address_of(x), address_of(codes)
+    for g in range(scales.size):
+        first, second = load_f32(source + 128 * g), load_f32(source + 128 * g + 64)
+        largest = max(horizontal_max(absolute(first)), horizontal_max(absolute(second)))
+        scales[g] = largest / 127
+        inverse = splat(127 / largest if largest > 1e-30 else 0.0)
+        total = store_i8(target + 32 * g, 1, first * inverse)
+        total += store_i8(target + 32 * g + 16, 1, second * inverse)
+        offsets[g] = -128 * total
+
+
+@kernel
+def block_offset(t, i, n_in):
+    """Where row t's inputs i to i + 31 lie in blocks of rows of n_in inputs, in bytes."""
+    return STEP * (t // BLOCK * (n_in // 32) + i // 32) + 64 * (t % BLOCK)
+
+
+@kernel
+def block_address(h, part, t, i):
+    """Where a token's inputs i to i + 31 lie in one part of the blocks."""
+    return address_of(h.blocks[part]) + block_offset(t, i, h.values.shape[1])
+
+
+@kernel
+def _round_to_codes(h, t, start, stop):
+    runs = slice(start // 32, stop // 32)
+    quantize_row(
+        h.values[t, start:stop], h.codes[t, start:stop], h.scales[t, runs], h.offsets[t, runs]
+    )
+
+
+@kernel
+def _round(h, t, start, stop):
+    if len(h.values) <= FEW:
+        _round_to_codes(h, t, start, stop)
+        return
+    source = address_of(h.values[t])
+    for i in range(start, stop, 32):
+        first, second = load_f32(source + 4 * i), load_f32(source + 4 * i + 64)
+        for part in range(len(h.blocks)):
+            target = block_address(h, part, t, i)
+            store_bf16(target, first, second)
+            first, second = first - load_bf16(target), second - load_bf16(target + 32)
+
+
+round_inputs = _round if isa.AMX else _round_to_codes
+"""round_inputs(h, t, start, stop) rounds a token's inputs from start to stop, multiples of 32."""
