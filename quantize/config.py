@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Self, cast
 
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 
 GENERATIONS = ("gemma", "gemma2", "gemma3")
 MAX_LAYERS = 1024
 MAX_INTEGER = 2**31 - 1
+_MAX_JSON_VALUES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,8 @@ class GemmaConfig:
         names = {field.name for field in fields(cls)}
         if unknown := sorted(values.keys() - names):
             raise GemmaError(
-                f"{where} has the unknown field {unknown[0]!r}: the file is damaged or was written"
-                " by another version; convert the checkpoint again."
+                f"{where} has the unknown field {shown(unknown[0])}: the file is damaged or was"
+                " written by another version; convert the checkpoint again."
             )
         read = Fields(values, where)
         sliding = read.array("sliding_layers")
@@ -98,7 +99,7 @@ class GemmaConfig:
 
     def _problems(self) -> Iterator[str]:
         if self.generation not in GENERATIONS:
-            yield f"its generation is {self.generation!r}"
+            yield f"its generation is {shown(self.generation)}"
         for name in _SIZES:
             if not 0 < getattr(self, name) <= MAX_INTEGER:
                 yield f"its {name} is {getattr(self, name)}"
@@ -166,11 +167,9 @@ class Fields:
 
     def wrong(self, key: str, expected: str) -> GemmaError:
         """The error for a value that is not what is `expected`."""
-        shown = repr(self.values.get(key))
-        shown = shown if len(shown) <= 60 else shown[:60] + "…"
         return GemmaError(
-            f"{self.where} gives {key!r} as {shown} where {expected} belongs; use an unmodified"
-            " checkpoint."
+            f"{self.where} gives {key!r} as {shown(self.values.get(key))} where {expected} belongs;"
+            " use an unmodified checkpoint."
         )
 
     def integer(self, key: str, default: object = _REQUIRED) -> int:
@@ -216,6 +215,7 @@ def parse_json_object(text: str | bytes, where: str) -> dict[str, object]:
     try:
         if isinstance(text, bytes):
             text = str(text, "utf-8-sig")
+        check_json_size(text, _MAX_JSON_VALUES)
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise GemmaError(
@@ -224,6 +224,16 @@ def parse_json_object(text: str | bytes, where: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise GemmaError(f"{where} is not a JSON object; the file is damaged, get it again.")
     return cast(dict[str, object], value)
+
+
+def check_json_size(text: str, limit: int) -> None:
+    """Raises ValueError for a text with more values than `limit`, before they are made.
+
+    Parsed, a value takes up to 72 bytes, and one with a name up to 200, where its text may take
+    three: every comma, bracket and colon is counted for what it can cost.
+    """
+    if sum(map(text.count, ",[{::")) > limit:
+        raise ValueError(f"it holds more than {limit} values")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -25,6 +25,8 @@ Tensors
                      codebook is the 16 int8 levels of an int4 matrix, else null; group_size is 0
                      for bf16 and f32
     sha256           JSON, {tensor name: hexadecimal SHA-256 of its bytes}
+    header_sha256    the SHA-256 of the header, spaces included, with 64 zeros in this place; files
+                     of before have none
     verification     JSON, a Verification, or "" if the file was not compared with its source
 
 Names of tensors are those of quantize.tensors. Weight matrices are read in the order in which
@@ -36,8 +38,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -49,14 +52,24 @@ from numpy.typing import NDArray
 from quantize import packing
 from quantize.checkpoint.source import map_file, sampling_defaults
 from quantize.config import MAX_INTEGER, Fields, GemmaConfig, parse_json_object
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 from quantize.recipe import GROUP_SIZES
 from quantize.tensors import matrix_shapes, norm_sizes
+
+try:
+    import fcntl
+except ImportError:  # Windows, which lets nobody replace a file that is open.
+    fcntl = None  # type: ignore[assignment]
 
 ALIGNMENT = 64
 VERSION = "2"
 CHATS = ("gemma", "base")
-_LARGEST_HEADER = 100_000_000
+_LARGEST_HEADER = 25_000_000  # that of a 27B takes 0.3
+_METADATA = {
+    *("format", "version", "config", "chat", "sampling", "recipe", "source", "tokenizer_bytes"),
+    *("matrices", "sha256", "header_sha256", "verification"),
+}
+_NO_SHA256 = "0" * 64
 _ITEM_BYTES = {"U8": 1, "BF16": 2, "F32": 4}
 
 
@@ -177,6 +190,11 @@ def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
+def _header_sha256(digest: str) -> bytes:
+    """How a header states its checksum. No string in it can hold this: quotes are escaped there."""
+    return f'"header_sha256":"{digest}"'.encode()
+
+
 class _Entry(TypedDict):
     """Where a tensor lies, as the safetensors header says it."""
 
@@ -202,6 +220,12 @@ def _layout(
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
         start += size
     return entries
+
+
+def data_bytes(description: Description) -> int:
+    """The bytes of all tensors of a model file, which are all but its header."""
+    layout = _layout(description.config, len(description.tokenizer_model), description.matrices)
+    return max(entry["data_offsets"][1] for entry in layout.values())
 
 
 class Writer:
@@ -245,18 +269,21 @@ class Writer:
 
     def _header(self, matrices: Mapping[str, MatrixSpec], verification: str) -> bytes:
         # A checksum has the same length before it is known.
-        digests = {name: self._digests.get(name, "0" * 64) for name in self._layout}
+        digests = {name: self._digests.get(name, _NO_SHA256) for name in self._layout}
         metadata = self._metadata | {
             "matrices": json.dumps({name: asdict(m) for name, m in matrices.items()}),
             "sha256": json.dumps(digests),
+            "header_sha256": _NO_SHA256,
             "verification": verification,
         }
         header = {"__metadata__": metadata} | self._layout
         return json.dumps(header, separators=(",", ":")).encode()
 
     def _write_header(self, header: bytes) -> None:
+        header = header.ljust(self._header_bytes)
+        digest = hashlib.sha256(header).hexdigest()
         self._file.write(self._header_bytes.to_bytes(8, "little"))
-        self._file.write(header.ljust(self._header_bytes))
+        self._file.write(header.replace(_header_sha256(_NO_SHA256), _header_sha256(digest)))
 
     def set_codebook(self, name: str, levels: tuple[int, ...]) -> None:
         """The 16 levels that an int4 matrix turned out to have."""
@@ -310,21 +337,83 @@ def create(
     """A Writer whose file appears at `path` when the block ends well, and not at all otherwise.
 
     The bytes go to `partial_path(path)`, are forced to the disk, and the file is then renamed.
-    What a killed run left there is replaced.
+    What a killed run left there is replaced. Raises GemmaError if another run writes there.
     """
     partial = partial_path(path)
-    partial.unlink(missing_ok=True)  # Opening it could write through a link.
-    try:
-        with open(partial, "xb") as file:
+    with _claim(partial) as file:
+        try:
             writer = Writer(file, description, to_be_verified=to_be_verified)
             yield writer
             writer.finish()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            if not _is_at(file.fileno(), partial):
+                raise _in_use(partial)
+            if sys.platform == "win32":
+                file.close()  # No open file is renamed there.
+            os.replace(partial, path)
+        except BaseException:
+            if file.closed or _is_at(file.fileno(), partial):
+                partial.unlink(missing_ok=True)
+            raise
+    _sync_folder(path.parent)
+
+
+def _claim(partial: Path) -> BinaryIO:
+    """A new file, in the place of what a killed run may have left, that no other run replaces.
+
+    Whoever has locked the file at this place owns it, and only an owner removes it. The system lets
+    go of a lock when its holder ends, however that is.
+    """
+    with ExitStack() as stack:
+        if fcntl:
+            try:
+                # Neither is a link followed nor a pipe waited for.
+                left = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                partial.unlink()
+            else:
+                stack.callback(os.close, left)
+                if not (_lock(left) and _is_at(left, partial)):
+                    raise _in_use(partial)
+                partial.unlink()
+        else:
+            partial.unlink(missing_ok=True)
+        try:
+            file = open(partial, "xb")  # noqa: SIM115 (the caller closes it)
+        except FileExistsError as error:
+            raise _in_use(partial) from error
+        if fcntl and not (_lock(file.fileno()) and _is_at(file.fileno(), partial)):
+            file.close()
+            raise _in_use(partial)
+    return file
+
+
+def _in_use(partial: Path) -> GemmaError:
+    return GemmaError(
+        f"{partial} is being written by another gemma-cli; wait for it, or choose another output "
+        "with -o."
+    )
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks a file unless another process has done so."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # Some network file systems have no locks.
+        pass
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a path leads to an open file still."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:
@@ -351,21 +440,40 @@ class ModelFile(Description):
     size: int
     tiles: Mapping[str, NDArray[np.uint8]]
     vectors: Mapping[str, NDArray[np.float32]]
+    tensors: Mapping[str, NDArray[np.uint8]]
+    """The bytes of every tensor with what fills it up, by name."""
     sha256: Mapping[str, str]
     verification: Verification | None
+
+    def damaged_tensors(self, progress: Callable[[int], None] | None = None) -> list[str]:
+        """The names of tensors whose bytes do not have their checksum; reads the whole file.
+
+        progress: called with the number of bytes that have been compared.
+        """
+        done, damaged = 0, []
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(lambda data: hashlib.sha256(data).hexdigest(), self.tensors.values())
+            for (name, data), digest in zip(self.tensors.items(), digests, strict=True):
+                if digest != self.sha256[name]:
+                    damaged.append(name)
+                done += data.size
+                if progress:
+                    progress(done)
+        return damaged
 
     @classmethod
     def open(cls, path: Path) -> "ModelFile":
         """Maps a model file, after checking that its header, its layout and its size agree.
 
-        Checksums are not compared: that reads everything. Raises GemmaError.
+        The header's checksum is compared, the tensors' are not: that reads everything. Raises
+        GemmaError.
         """
         mapped = map_file(path)
         header, data_start = _read_header(mapped, path)
         try:
             return cls._checked(path, header, mapped, data_start)
         except (KeyError, ValueError, TypeError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            what = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200]
             raise GemmaError(
                 f"{path} is a damaged model file ({what}); convert the checkpoint again."
             ) from error
@@ -375,10 +483,12 @@ class ModelFile(Description):
         cls, path: Path, header: dict[str, object], mapped: NDArray[np.uint8], data_start: int
     ) -> "ModelFile":
         texts = cast(dict[str, str], header.pop("__metadata__"))
+        if unknown := sorted(texts.keys() - _METADATA):
+            raise ValueError(f"its metadata hold the unknown field {shown(unknown[0])}")
         if not all(isinstance(text, str) for text in texts.values()):
             raise ValueError("its metadata are not all strings")
         if texts["chat"] not in CHATS:
-            raise ValueError(f"its chat format is {texts['chat']!r}")
+            raise ValueError(f"its chat format is {shown(texts['chat'])}")
 
         def stated(key: str) -> dict[str, object]:
             return parse_json_object(texts[key], f"The {key} of {path}")
@@ -394,7 +504,7 @@ class ModelFile(Description):
 
         layout = _layout(config, tokenizer_bytes, matrices)
         if differing := sorted(layout.keys() ^ header.keys()):
-            raise ValueError(f"tensor {differing[0]!r} is missing or superfluous")
+            raise ValueError(f"tensor {shown(differing[0])} is missing or superfluous")
         for name, entry in layout.items():
             if header[name] != entry:
                 raise ValueError(f"tensor {name!r} does not lie where it should")
@@ -426,6 +536,7 @@ class ModelFile(Description):
             size=mapped.size,
             tiles={n: view(n).reshape(packing.n_tiles(m.n_out), -1) for n, m in matrices.items()},
             vectors={n: view(n).view(np.float32)[:size] for n, size in norm_sizes(config).items()},
+            tensors={name: view(name) for name in layout},
             sha256=cast(dict[str, str], sha256),
             verification=(
                 Verification.from_json(lost, matrices, f"The verification of {path}")
@@ -451,7 +562,7 @@ def _read_spec(name: str, stated: object, shape: tuple[int, int]) -> MatrixSpec:
     if (n_out, n_in) != shape:
         raise ValueError(f"matrix {name} is {n_out} x {n_in}, not {shape[0]} x {shape[1]}")
     if fmt not in packing.FORMATS:
-        raise ValueError(f"matrix {name} has the unknown format {fmt!r}")
+        raise ValueError(f"matrix {name} has the unknown format {shown(fmt)}")
     grouped = fmt in packing.CODE_FORMATS
     allowed = [size for size in GROUP_SIZES if n_in % size == 0] if grouped else [0]
     if group_size not in allowed:
@@ -492,8 +603,16 @@ def _read_header(mapped: NDArray[np.uint8], path: Path) -> tuple[dict[str, objec
     if not isinstance(metadata, dict) or metadata.get("format") != "gemma-cli":
         raise not_ours
     if metadata.get("version") != VERSION:
+        version = shown(metadata.get("version")).strip("'")
         raise GemmaError(
-            f"{path} has version {metadata.get('version')} of the model file's format, this "
+            f"{path} has version {version} of the model file's format, this "
             f"gemma-cli reads version {VERSION}; convert the checkpoint again."
         )
+    if digest := metadata.get("header_sha256"):
+        unsealed = text.replace(_header_sha256(str(digest)), _header_sha256(_NO_SHA256))
+        if hashlib.sha256(unsealed).hexdigest() != digest:
+            raise GemmaError(
+                f"{path} is a damaged model file (its header does not have its checksum); convert "
+                "the checkpoint again."
+            )
     return header, 8 + length

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sys
 import time
 from collections import deque
@@ -180,7 +181,7 @@ def _in_order(
 def _check_output(output: Path, source: Checkpoint, force: bool) -> None:
     """Raises GemmaError if `output` must not be written."""
     for path in (output, modelfile.partial_path(output)):
-        if path.exists() and path.samefile(source.path):
+        if path.exists() and any(path.samefile(file) for file in (source.path, *source.files)):
             raise GemmaError(
                 f"Writing {output} would destroy the checkpoint {source.path}; choose another "
                 "output file."
@@ -196,6 +197,16 @@ def _check_output(output: Path, source: Checkpoint, force: bool) -> None:
         raise GemmaError(
             f"{output} lies beside the checkpoint and is no model file, so it may belong to it; "
             "choose another output file."
+        )
+
+
+def _check_space(output: Path, description: Description) -> None:
+    """Raises GemmaError if the disk has no room for the file."""
+    needed, free = modelfile.data_bytes(description), shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise GemmaError(
+            f"{output} takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; free "
+            "some space or choose another output with -o."
         )
 
 
@@ -227,7 +238,8 @@ def quantize(
     4-bit grid already, that is kept whatever the method. `verify` is given the file with all
     tensors in place, and what it says was lost is kept there. The same source and options give the
     same bytes, however many threads there are. Raises GemmaError when `output` exists without
-    `force`, when it is (beside) the source, or when a weight is not finite.
+    `force`, when it is (beside) the source, when the disk has no room for it, when a weight is not
+    finite, or when the source changes meanwhile.
     """
     started = time.perf_counter()
     planned = plan(source, bits, group_size, recipe)
@@ -313,6 +325,7 @@ def quantize(
     try:
         _check_output(output, source, force)
         output.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(output, description)
         with (
             # Pieces of a matrix are what runs side by side; a product that BLAS divided among
             # threads would depend on their number.
@@ -329,7 +342,8 @@ def quantize(
                 if early
             }
             for i, name in enumerate(norms):
-                values = source.tensors[name].values()
+                with np.errstate(all="ignore"):  # as in _rows
+                    values = source.tensors[name].values()
                 writer.write(name, [_finite(values, name, source.path)])
                 report(name, i + 1, source.tensors[name].nbytes)
             for i, p in enumerate(planned, len(norms)):
@@ -340,6 +354,7 @@ def quantize(
                 writer.finish()
                 verification = verify(ModelFile.open(modelfile.partial_path(output)))
                 writer.set_verification(verification)
+            source.check_unchanged()
         with open(output, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

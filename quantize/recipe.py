@@ -16,10 +16,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 
 FORMAT_OF_BITS = {4: "int4", 8: "int8", 16: "bf16", 32: "f32"}
 GROUP_SIZES = (32, 64, 128)
+_LARGEST_FILE = 100_000
 
 RECIPES = {
     "default": {"embed": "int8"},
@@ -71,13 +72,17 @@ def choose(rules: Sequence[Rule], name: str) -> Rule:
 
 def _read_rules(path: Path, group_size: int) -> list[Rule]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_FILE + 1)
+        if len(text) > _LARGEST_FILE:
+            raise ValueError(f"it has more than {_LARGEST_FILE} bytes")
+        table = tomllib.loads(text.decode())
     except OSError as error:
         raise GemmaError(
             f"{path} is no recipe: choose {', '.join(RECIPES)}, or a TOML file that can be read."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise GemmaError(f"{path} is not valid TOML ({error}); correct it.") from error
+    except (ValueError, RecursionError) as error:
+        raise GemmaError(f"{path} is not valid TOML ({error!s:.200}); correct it.") from error
     formats = table.pop("formats", None)
     if table or not isinstance(formats, dict):
         raise GemmaError(
@@ -97,7 +102,7 @@ def _read_rule(path: Path, pattern: str, choice: object, group_size: int) -> Rul
             fmt, size = "", 0
     if fmt not in FORMAT_OF_BITS.values() or type(size) is not int or size not in GROUP_SIZES:
         raise GemmaError(
-            f'{path} gives "{pattern}" no format that there is; write one of '
+            f"{path} gives {shown(pattern)} no format that there is; write one of "
             f"{', '.join(FORMAT_OF_BITS.values())}, or {{ format = …, group_size = … }} with "
             f"groups of {', '.join(map(str, GROUP_SIZES))}."
         )

@@ -23,7 +23,10 @@ from quantize.checkpoint import open_checkpoint
 from quantize.modelfile import ModelFile
 
 WRITTEN = Path(__file__).parent / "written"
-COMMANDS = ("quantize", "run", "chat", "map", "bench", "eval", "inspect", "tokenize", "models")
+COMMANDS = (
+    *("quantize", "run", "chat", "map", "bench", "eval", "inspect", "verify", "tokenize"),
+    "models",
+)
 
 
 def greedy(model: Model, prompt_ids: list[int], n: int) -> list[int]:
@@ -511,6 +514,27 @@ def test_tokenize(cli: Cli, home: Path) -> None:
     assert [int(line.split()[0]) for line in lines] == ids[:-1]
     whole = cli("tokenize", "-m", "chat", "--chat", "--system", "lean", "--json", "ham").json
     assert whole["ids"] == chat_prompt(tokenizer, [Turn("user", "ham")], "lean")
+
+
+def test_verify_names_damaged_tensors(cli: Cli, home: Path, tmp_path: Path) -> None:
+    whole = home / "models" / "base.safetensors"
+    result = cli("verify", "-m", "base")
+    assert (result.status, result.err) == (0, "")
+    assert result.out.startswith(f"{whole}: ")
+    assert result.out.endswith(": whole\n")
+    path = tmp_path / "damaged.safetensors"
+    data = bytearray(whole.read_bytes())
+    data[-1] ^= 16  # of the embedding, which lies last
+    path.write_bytes(data)
+    result = cli("verify", "-m", path)
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith(f"gemma-cli: {path} is damaged: embed of ")
+    assert result.err.count("\n") == 1
+    data[100] ^= 1
+    path.write_bytes(data)
+    result = cli("verify", "-m", path)
+    assert (result.status, result.out) == (1, "")
+    assert str(path) in result.err
 
 
 def test_models_and_inspect(cli: Cli, home: Path) -> None:

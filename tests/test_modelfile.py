@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def split(path: Path) -> tuple[Json, bytes]:
     """The header and the tensors' bytes."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
+    header = json.loads(data[8 : 8 + length])
+    del header["__metadata__"]["header_sha256"]  # which would tell of any change
+    return header, data[8 + length :]
 
 
 def join(path: Path, header: Json | str, tensors: bytes) -> Path:
@@ -115,7 +118,9 @@ def test_the_safetensors_package_sees_the_same(original: Path) -> None:
     header, _ = split(original)
     ours = ModelFile.open(original)
     with safe_open(original, "numpy") as theirs:
-        assert theirs.metadata() == header["__metadata__"]
+        metadata = theirs.metadata()
+        assert len(metadata.pop("header_sha256")) == 64
+        assert metadata == header["__metadata__"]
         assert set(theirs.keys()) == {"tokenizer", *norm_sizes(CONFIG), *matrix_shapes(CONFIG)}
         tokenizer = theirs.get_tensor("tokenizer").tobytes()
         assert tokenizer == TOKENIZER + bytes(-len(TOKENIZER) % 64)
@@ -443,6 +448,89 @@ def test_a_header_that_leaves_tensors_unaligned_is_refused(original: Path, tmp_p
         ModelFile.open(path)
 
 
+def test_any_flipped_bit_is_found(original: Path, tmp_path: Path) -> None:
+    """One in each byte of the header, and three in each tensor."""
+    data = original.read_bytes()
+    header, tensors = split(original)
+    data_start = len(data) - len(tensors)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(data)
+    assert ModelFile.open(path).damaged_tensors() == []
+    rng = np.random.default_rng(0)
+    with path.open("r+b", buffering=0) as file:
+
+        def flip(at: int, bit: int) -> None:
+            file.seek(at)
+            file.write(bytes([data[at] ^ 1 << bit]))
+
+        for at in range(data_start):
+            flip(at, int(rng.integers(8)))
+            with pytest.raises(GemmaError, match=str(path)):
+                ModelFile.open(path)
+            file.seek(at)
+            file.write(data[at : at + 1])
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = entry["data_offsets"]
+                for at in (start, int(rng.integers(start, stop)), stop - 1):
+                    flip(data_start + at, int(rng.integers(8)))
+                    assert ModelFile.open(path).damaged_tensors() == [name]
+                    file.seek(data_start + at)
+                    file.write(data[data_start + at : data_start + at + 1])
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 64, "é", "0" * 63])
+def test_another_checksum_of_the_header_is_refused(
+    original: Path, tmp_path: Path, digest: str
+) -> None:
+    header, tensors = split(original)
+    header["__metadata__"]["header_sha256"] = digest
+    if digest:
+        with pytest.raises(GemmaError, match="its header does not have its checksum"):
+            ModelFile.open(join(tmp_path / "a", header, tensors))
+    else:  # as in files of before
+        ModelFile.open(join(tmp_path / "a", header, tensors))
+
+
+def test_an_unknown_field_is_refused(original: Path, tmp_path: Path) -> None:
+    header, tensors = split(original)
+    header["__metadata__"]["header_sha257"] = "0" * 64
+    with pytest.raises(GemmaError, match="the unknown field 'header_sha257'"):
+        ModelFile.open(join(tmp_path / "a", header, tensors))
+
+
+# Two at a time
+
+
+def test_two_writers_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with create(path, DESCRIPTION) as first:
+        with (
+            pytest.raises(GemmaError, match="another gemma-cli; wait"),
+            create(path, DESCRIPTION),
+        ):
+            pass
+        for name, data in tensor_bytes().items():
+            first.write(name, [np.frombuffer(data, np.uint8)])
+    assert ModelFile.open(path).damaged_tensors() == []
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_whose_file_was_taken_away_replaces_nothing(tmp_path: Path) -> None:
+    path, partial = tmp_path / "a.safetensors", tmp_path / "a.safetensors.partial"
+
+    def write() -> None:
+        with create(path, DESCRIPTION) as writer:
+            for name, data in tensor_bytes().items():
+                writer.write(name, [np.frombuffer(data, np.uint8)])
+            partial.unlink()
+            partial.write_bytes(b"another's")
+
+    with pytest.raises(GemmaError, match="another gemma-cli"):
+        write()
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(partial.name, b"another's")]
+
+
 @settings(
     max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -456,6 +544,12 @@ def test_flipped_bits_of_the_header_raise_nothing_else(
     for place, bits in flips:
         data[int(place * (data_start - 1))] ^= bits
     path = tmp_path / "a.safetensors"
+    # As if it had been written so: its own checksum would tell of every change.
+    digest = re.search(rb'"header_sha256":"([^"]*)"', data[:data_start])
+    if digest and len(digest[1]) == 64:
+        at = slice(digest.start(1), digest.end(1))
+        data[at] = b"0" * 64
+        data[at] = hashlib.sha256(data[8:data_start]).hexdigest().encode()
     path.write_bytes(data)
     try:
         file = ModelFile.open(path)

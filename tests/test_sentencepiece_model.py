@@ -100,7 +100,7 @@ def replaced(key: str, index: int, value: object) -> dict[str, object]:
         (gguf(tokens=[], scores=[], token_type=[]), "no token number"),
         (gguf(bos_token_id=len(IDS)), r"no token number \d+ \(bos\)"),
         (gguf(unknown_token_id=-2), r"no token number -2 \(unknown\)"),
-        (gguf(eos_token_id="1"), r"no token number 1 \(eos\)"),
+        (gguf(eos_token_id="1"), r"no token number '1' \(eos\)"),
         (replaced("tokens", 2, "<BOS>") | {"tokenizer.ggml.bos_token_id": -1}, "lacks <bos>"),
         (replaced("tokens", 300, 7), "wrong type in tokenizer.ggml.tokens"),
         (replaced("tokens", 300, PIECES[301]), "can load"),
@@ -236,7 +236,7 @@ def test_tokenizer_json_that_is_something_else_is_one_sentence(tmp_path: Path, t
 
 
 def test_a_missing_tokenizer_json_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(GemmaError, match="cannot be read"):
+    with pytest.raises(GemmaError, match="does not exist"):
         sentencepiece_from_tokenizer_json(tmp_path / "tokenizer.json")
 
 

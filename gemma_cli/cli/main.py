@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from gemma_cli import __version__
-from gemma_cli.cli import bench, chat, evaluate, inspect, models, output, quantize, run, tokenize
+from gemma_cli.cli import (
+    bench,
+    chat,
+    evaluate,
+    inspect,
+    models,
+    output,
+    quantize,
+    run,
+    tokenize,
+    verify,
+)
 from gemma_cli.cli import map as map_lines
 from gemma_cli.generation import PromptTooLong
 from quantize.errors import GemmaError
@@ -29,6 +40,7 @@ app.command("map")(map_lines.map_lines)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
 app.command("tokenize")(tokenize.tokenize)
 app.command("models")(models.models)
 

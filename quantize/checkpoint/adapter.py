@@ -15,13 +15,22 @@ from numpy.typing import NDArray
 
 from quantize.checkpoint.names import from_hugging_face, is_of_images
 from quantize.checkpoint.safetensors import Entry, float_tensor, read_safetensors
-from quantize.checkpoint.source import Checkpoint, FloatTensor, Grid, SourceTensor, read_file
+from quantize.checkpoint.source import (
+    Checkpoint,
+    FloatTensor,
+    Grid,
+    SourceTensor,
+    file_states,
+    read_file,
+)
 from quantize.config import Fields, parse_json_object
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 from quantize.tensors import matrix_shapes
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+# Expressions that cannot take long: no repeated or alternative groups, and few repetitions.
+_QUICK = re.compile(r"(?=.{0,300}$)[\w.^$|\\\[\]-]*(?:[*+?][\w.^$|\\\[\]-]*){0,3}", re.ASCII)
 # What makes an adapter something else than a sum with B A: other weights beside the two, another
 # meaning of them, or another base.
 _NOT_LORA = (
@@ -104,7 +113,9 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         generation = checkpoint.config.generation
         our_name = from_hugging_face(f"{match['module']}.weight", generation) if match else None
         if match is None or our_name in {None, "embed", "head"}:
-            raise _cannot_be_merged(path, f"holds {name!r}, which is not of a projection's LoRA")
+            raise _cannot_be_merged(
+                path, f"holds {shown(name)}, which is not of a projection's LoRA"
+            )
         halves.setdefault(str(our_name), {})[match["half"]] = entry
         modules[str(our_name)] = match["module"]
     if not halves:
@@ -129,6 +140,7 @@ def merge_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         checkpoint,
         tensors={name: merged.get(name, t) for name, t in checkpoint.tensors.items()},
         origin=f"{checkpoint.name} + {folder.absolute().name}",
+        files={**checkpoint.files, **file_states([path])},
         notes=(*checkpoint.notes, note) if has_images else checkpoint.notes,
     )
 
@@ -150,16 +162,16 @@ def _read_config(folder: Path) -> Fields:
             )
     config = Fields(parse_json_object(read_file(path), str(path)), str(path))
     if config.text("peft_type") != "LORA":
-        raise _cannot_be_merged(path, f"is of an adapter of the type {config.text('peft_type')!r}")
+        kind = shown(config.text("peft_type"))
+        raise _cannot_be_merged(path, f"is of an adapter of the type {kind}")
     for key in _NOT_LORA:
         if config.values.get(key):
             raise _cannot_be_merged(path, f"sets {key!r}")
     if config.text("bias", "none") != "none":
         raise _cannot_be_merged(path, "trains biases")
     if config.values.get("init_lora_weights") not in _KEEP_THE_BASE:
-        raise _cannot_be_merged(
-            path, f"starts from a changed base ({config.values['init_lora_weights']!r:.40})"
-        )
+        start = shown(config.values["init_lora_weights"])
+        raise _cannot_be_merged(path, f"starts from a changed base ({start})")
     return config
 
 
@@ -168,6 +180,10 @@ def _rank_and_scale(config: Fields, module: str) -> tuple[int, float]:
 
     def of_module(patterns: str, default: str) -> Fields:
         for pattern, value in config.mapping(patterns, {}).values.items():
+            if not _QUICK.fullmatch(pattern):
+                raise _cannot_be_merged(
+                    Path(config.where), f"has an involved expression, {shown(pattern)},"
+                )
             try:
                 # PEFT's get_pattern_key: a name, the end of one after a dot, or an expression.
                 matches = re.fullmatch(rf"(.*\.)?({pattern})", module)

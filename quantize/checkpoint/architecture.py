@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from quantize.config import GENERATIONS, MAX_LAYERS, Fields, GemmaConfig
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 
 # What transformers assumes for a key that config.json leaves out (Gemma3TextConfig, Gemma2Config
 # and GemmaConfig, the same from 4.50 to 5). Gemma 3 4B and up leave out whatever equals them.
@@ -180,7 +180,7 @@ def config_from_gguf(metadata: Mapping[str, object], where: str, *, vocab_size: 
 
 def _unsupported(architecture: str, where: str) -> GemmaError:
     return GemmaError(
-        f"{where} describes the architecture {architecture!r}, which is not supported; use a"
+        f"{where} describes the architecture {shown(architecture)}, which is not supported; use a"
         " checkpoint of Gemma 1, 2 or 3."
     )
 

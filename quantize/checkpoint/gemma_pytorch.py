@@ -6,6 +6,7 @@ which are different ones in each Gemma.
 """
 
 import ast
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from quantize.errors import GemmaError
 
 Json = dict[str, object]
 
-_LARGEST_CONFIG = 100_000
+_LARGEST_CONFIG = 100_000  # that is parsed as Python
 _SHORT: Json = {"sliding_window": 512, "max_position_embeddings": 32768}
 _LONG: Json = {
     "sliding_window": 1024,
@@ -50,15 +51,19 @@ def read_config(path: Path) -> Json:
     if not path.is_file():
         return {}
     text = read_file(path)
-    if len(text) <= _LARGEST_CONFIG:
+    try:
+        return parse_json_object(text, str(path))
+    except GemmaError as no_json:
+        if len(text) > _LARGEST_CONFIG:
+            raise
         try:
-            value = ast.literal_eval(text.decode().strip())
+            with warnings.catch_warnings(action="ignore"):  # of odd escapes in strings
+                value = ast.literal_eval(text.decode().strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            pass  # JSON then, or an error that says why not.
-        else:
-            if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-                return value
-    return parse_json_object(text, str(path))
+            raise no_json from None
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return value
+        raise
 
 
 def generation_of(names: Mapping[str, object]) -> str:

@@ -26,11 +26,12 @@ from quantize.checkpoint.source import (
     Grid,
     SourceTensor,
     check_vocabulary,
+    file_states,
     map_file,
     sampling_defaults,
 )
 from quantize.config import Fields
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 
 MAGIC = b"GGUF"
 _SUPPORTED = (
@@ -40,6 +41,12 @@ _SUPPORTED = (
 _PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _ALIGNMENT = 32
 _MAX_DIMS = 4
+# Parsed, what takes a byte can take 60 in memory. Gemma 3 has 800,000 values, 40 keys, up to 1247
+# tensors and 7 MB of metadata.
+_MAX_VALUES = 2_000_000
+_MAX_KEYS = _MAX_TENSORS = 1 << 16
+_LARGEST_STRING = 16 << 20
+_LARGEST_METADATA = 50_000_000
 # The format's value types.
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", _BOOL: "u1"} | {
@@ -111,6 +118,7 @@ class _Cursor:
         self.path = path
         self.file = file.data
         self.position = 0
+        self._values_left = _MAX_VALUES
 
     def damaged(self, what: str) -> GemmaError:
         return GemmaError(
@@ -122,6 +130,8 @@ class _Cursor:
         end = self.position + size
         if end > len(self.file):
             raise self.damaged(f"{size} bytes are due at {self.position} of {len(self.file)}")
+        if end > _LARGEST_METADATA:
+            raise self.damaged(f"its metadata take more than {_LARGEST_METADATA} bytes")
         taken = self.file[self.position : end]
         self.position = end
         return taken
@@ -137,15 +147,17 @@ class _Cursor:
 
     def strings(self, count: int) -> list[str]:
         """As many strings, each a length of 8 bytes and its UTF-8."""
-        file, position, end = self.file, self.position, len(self.file)
+        file, position = self.file, self.position
+        end = min(len(file), _LARGEST_METADATA)
         length = struct.Struct("<Q").unpack_from
         strings = []
         try:
             for _ in range(count):
                 start = position + 8
-                position = start + length(file, position)[0]
-                if position > end:
-                    raise self.damaged(f"a string ends at {position} of {end}")
+                n_bytes = length(file, position)[0]
+                position = start + n_bytes
+                if position > end or n_bytes > _LARGEST_STRING:
+                    raise self.damaged(f"a string of {n_bytes} bytes begins at {start} of {end}")
                 strings.append(str(file[start:position], "utf-8"))
         except (struct.error, UnicodeDecodeError) as error:
             raise self.damaged(f"there is no string at {position}") from error
@@ -153,6 +165,9 @@ class _Cursor:
         return strings
 
     def values(self, kind: int, count: int) -> list[object]:
+        self._values_left -= count
+        if self._values_left < 0:
+            raise self.damaged(f"its metadata hold more than {_MAX_VALUES} values")
         if kind == _STRING:
             return list(self.strings(count))
         if kind not in _SCALARS:
@@ -181,13 +196,15 @@ def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
             f"{path} is a GGUF file of version {version} (or big-endian); versions 2 and 3 are"
             " supported, convert it with a current llama.cpp."
         )
-    n_tensors, n_values = cursor.u64(), cursor.u64()
+    n_tensors, n_keys = cursor.u64(), cursor.u64()
+    if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
+        raise cursor.damaged(f"it claims {n_tensors} tensors and {n_keys} keys")
 
     metadata: dict[str, object] = {}
-    for _ in range(n_values):
+    for _ in range(n_keys):
         key = cursor.string()
         if key in metadata:
-            raise cursor.damaged(f"it states {key!r} twice")
+            raise cursor.damaged(f"it states {shown(key)} twice")
         kind = cursor.u32()
         if kind == _ARRAY:
             kind, count = cursor.u32(), cursor.u64()
@@ -202,7 +219,7 @@ def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
     for _ in range(n_tensors):
         name, n_dims = cursor.string(), cursor.u32()
         if n_dims > _MAX_DIMS:
-            raise cursor.damaged(f"{name!r} has {n_dims} dimensions")
+            raise cursor.damaged(f"{shown(name)} has {n_dims} dimensions")
         # The innermost dimension comes first in the file.
         shape = tuple(cursor.u64() for _ in range(n_dims))[::-1]
         infos.append((name, shape, cursor.u32(), cursor.u64()))
@@ -212,20 +229,20 @@ def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
     end = 0
     for name, shape, kind, start in infos:
         if name in tensors:
-            raise cursor.damaged(f"it holds {name!r} twice")
+            raise cursor.damaged(f"it holds {shown(name)} twice")
         if kind not in GGMLQuantizationType.__members__.values():
-            raise cursor.damaged(f"{name!r} is of the unknown type {kind}")
+            raise cursor.damaged(f"{shown(name)} is of the unknown type {kind}")
         dtype = GGMLQuantizationType(kind)
         block_size, block_bytes = GGML_QUANT_SIZES[dtype]
         n_in = shape[-1] if shape else 1
         if n_in % block_size or 0 in shape:
-            raise cursor.damaged(f"{name!r} of type {dtype.name} has the shape {shape}")
+            raise cursor.damaged(f"{shown(name)} of type {dtype.name} has the shape {shape}")
         row_bytes = n_in // block_size * block_bytes
         nbytes = math.prod(shape[:-1]) * row_bytes
         if start != end or start + nbytes > data.size:
             raise cursor.damaged(
-                f"{name!r} lies at {start} to {start + nbytes} of {data.size} bytes, the tensors"
-                f" before it take {end}"
+                f"{shown(name)} lies at {start} to {start + nbytes} of {data.size} bytes, the"
+                f" tensors before it take {end}"
             )
         rows = data[start : start + nbytes].reshape(-1, row_bytes)
         tensors[name] = GGUFTensor(name, shape, dtype.name, nbytes, rows)
@@ -233,8 +250,9 @@ def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
     return metadata, tensors
 
 
-def _read_parts(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
-    """The first part's metadata and the tensors of all parts, if `path` is part of a split file.
+def _read_parts(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor], list[Path]]:
+    """The first part's metadata, the tensors of all parts, and these, if `path` is part of a split
+    file.
 
     llama.cpp (llama-gguf-split) names the parts NAME-00001-of-00003.gguf and numbers them from 0
     in the key split.no. Raises GemmaError if one is missing or does not belong to the others.
@@ -242,7 +260,7 @@ def _read_parts(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
     metadata, tensors = read_gguf(path)
     count = Fields(metadata, str(path)).integer("split.count", 1)
     if count <= 1:
-        return metadata, tensors
+        return metadata, tensors, [path]
     name = _PART_NAME.fullmatch(path.name)
     if name is None or int(name["count"]) != count:
         raise GemmaError(
@@ -274,7 +292,7 @@ def _read_parts(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
             f"{path} and its other parts hold {len(joined)} tensors where they claim {total}; get"
             " all of them again from one place."
         )
-    return parts[0][0], joined
+    return parts[0][0], joined, paths
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -282,7 +300,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
     Raises GemmaError if it is damaged, incomplete, not Gemma or of an unsupported type.
     """
-    metadata, found = _read_parts(path)
+    metadata, found, files = _read_parts(path)
     embedding = found.get("token_embd.weight")
     vocab_size = embedding.shape[0] if embedding and embedding.shape else 1
     config = config_from_gguf(metadata, str(path), vocab_size=vocab_size)
@@ -312,4 +330,5 @@ def open_gguf(path: Path) -> Checkpoint:
         chat="gemma" if metadata.get("tokenizer.chat_template") else "base",
         sampling=sampling_defaults(Fields(metadata, str(path)), keys),
         notes=(IMAGES_NOTE,) if has_images else (),
+        files=file_states(files),
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from quantize.checkpoint.source import SourceTensor
 from quantize.config import GemmaConfig
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 from quantize.tensors import tensor_shapes
 
 FUSED = "attn_qkv"
@@ -143,13 +143,14 @@ def text_tensors(
         our_name = rename(name)
         if our_name is None:
             raise GemmaError(
-                f"{where} holds the tensor {name!r}, which no Gemma 1, 2 or 3 has: without it the"
-                " answers would be wrong. Use an unmodified checkpoint (adapters must be merged)."
+                f"{where} holds the tensor {shown(name)}, which no Gemma 1, 2 or 3 has: without it"
+                " the answers would be wrong. Use an unmodified checkpoint (adapters must be"
+                " merged)."
             )
         if our_name in ours:
             raise GemmaError(
-                f"{where} holds both {ours[our_name]!r} and {name!r}, which mean the same tensor;"
-                " use an unmodified checkpoint."
+                f"{where} holds both {shown(ours[our_name])} and {shown(name)}, which mean the"
+                " same tensor; use an unmodified checkpoint."
             )
         ours[our_name] = name
     return ours, has_images

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from quantize.checkpoint.architecture import config_from_hf
 from quantize.checkpoint.names import complete, from_hugging_face, text_tensors
 from quantize.checkpoint.sentencepiece_model import (
+    LARGEST_MODEL,
     control_pieces_as_control,
     sentencepiece_from_tokenizer_json,
 )
@@ -26,14 +27,15 @@ from quantize.checkpoint.source import (
     Checkpoint,
     FloatTensor,
     check_vocabulary,
+    file_states,
     map_file,
     read_file,
     sampling_defaults,
 )
 from quantize.config import Fields, parse_json_object
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 
-_MAX_HEADER = 100_000_000
+_MAX_HEADER = 25_000_000  # the specification allows 100 MB, that of a 27B takes 0.2
 _MAX_DIMS = 8
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -83,7 +85,7 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     if isinstance(metadata, dict) and metadata.get("format") == "gemma-cli":
         raise GemmaError(
             f"{path} is a model file already, of which some of the checkpoint is lost; convert the"
-            f" checkpoint itself ({metadata.get('source', 'its source')!s:.100})."
+            f" checkpoint itself ({shown(metadata.get('source'))[1:-1]})."
         )
     buffer = file[8 + header_size :]
 
@@ -94,22 +96,24 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
             case {"dtype": str(dtype), "shape": list(dims), "data_offsets": [int(), int()] as span}:
                 start, stop = span
             case _:
-                raise damaged(f"the header's entry of {name!r} is malformed")
+                raise damaged(f"the header's entry of {shown(name)} is malformed")
         if len(dims) > _MAX_DIMS or not all(
             type(n) is int and 0 <= n < 2**63 for n in (*dims, start, stop)
         ):
-            raise damaged(f"{name!r} has an impossible shape or offset")
+            raise damaged(f"{shown(name)} has an impossible shape or offset")
         if not start <= stop <= buffer.size:
-            raise damaged(f"{name!r} lies at {start} to {stop} of {buffer.size} bytes")
+            raise damaged(f"{shown(name)} lies at {start} to {stop} of {buffer.size} bytes")
         if dtype in _ITEM_BYTES and math.prod(dims) * _ITEM_BYTES[dtype] != stop - start:
-            raise damaged(f"{name!r} has {stop - start} bytes for {dims} of {dtype}")
+            raise damaged(f"{shown(name)} has {stop - start} bytes for {dims} of {dtype}")
         spans.append((start, stop, name))
         entries[name] = Entry(path, dtype, tuple(dims), buffer[start:stop])
 
     end = 0
     for start, stop, name in sorted(spans):
         if start != end:
-            raise damaged(f"{name!r} starts at {start} where the tensor before it ends at {end}")
+            raise damaged(
+                f"{shown(name)} starts at {start} where the tensor before it ends at {end}"
+            )
         end = stop
     if end != buffer.size:
         raise damaged(f"its tensors end at {end} of {buffer.size} bytes")
@@ -158,6 +162,7 @@ def open_hugging_face(folder: Path, file: Path | None = None) -> Checkpoint:
         chat="gemma" if has_chat_template(folder) else "base",
         sampling=read_sampling(folder),
         notes=(IMAGES_NOTE,) if has_images or "vision_config" in raw else (),
+        files=file_states({entry.path for entry in entries.values()}),
     )
 
 
@@ -165,8 +170,12 @@ def float_tensor(name: str, entry: Entry) -> FloatTensor:
     """An entry as a SourceTensor. Raises GemmaError if its type is none of `FLOATS`."""
     if entry.dtype not in FLOATS:
         raise GemmaError(
-            f"{entry.path} holds {name!r} as {entry.dtype}, which is not supported; use a"
-            " checkpoint in BF16, F16 or F32."
+            f"{entry.path} holds {shown(name)} as {shown(entry.dtype)}, which is not supported;"
+            " use a checkpoint in BF16, F16 or F32."
+        )
+    if 0 in entry.shape:  # The other dimensions could be too much for numpy.
+        raise GemmaError(
+            f"{entry.path} holds {shown(name)}, which has no elements; get the checkpoint again."
         )
     data = entry.data.view(FLOATS[entry.dtype]).reshape(entry.shape)
     return FloatTensor(name, entry.dtype, data)
@@ -191,8 +200,8 @@ def _read_weights(folder: Path, file: Path | None) -> Mapping[str, Entry]:
     for name, shard in shard_of.items():
         if name not in shards[shard]:
             raise GemmaError(
-                f"{folder / shard} lacks the tensor {name!r} that {index.name} places in it; get"
-                " both files again."
+                f"{folder / shard} lacks the tensor {shown(name)} that {index.name} places in it;"
+                " get both files again."
             )
         entries[name] = shards[shard][name]
     return entries
@@ -208,7 +217,7 @@ def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
         plain = isinstance(shard, str) and _PLAIN_NAME.fullmatch(shard)
         if not plain or not str(shard).endswith(suffix):
             raise GemmaError(
-                f"{path} places {name!r} in {shard!r}, which is not the plain name of a"
+                f"{path} places {shown(name)} in {shown(shard)}, which is not the plain name of a"
                 f" {suffix} file; get the checkpoint from its original source."
             )
     return {name: str(shard) for name, shard in weight_map.values.items()}
@@ -218,7 +227,7 @@ def read_vocabulary(folder: Path) -> bytes:
     """The folder's tokenizer as a SentencePiece model. Raises GemmaError if there is none."""
     model, converted = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.is_file():
-        return control_pieces_as_control(read_file(model), str(model))
+        return control_pieces_as_control(read_file(model, LARGEST_MODEL), str(model))
     if converted.is_file():
         return sentencepiece_from_tokenizer_json(converted)
     raise GemmaError(

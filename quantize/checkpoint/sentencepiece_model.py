@@ -21,7 +21,15 @@ from typing import NamedTuple, cast
 import numpy as np
 import sentencepiece
 
-from quantize.errors import GemmaError
+from quantize.checkpoint.source import read_file
+from quantize.config import check_json_size
+from quantize.errors import GemmaError, shown
+
+# Gemma 3's take 5 and 33 MB; the second holds 2.5 million values by the count of check_json_size.
+LARGEST_MODEL = 20_000_000
+_LARGEST_JSON = 64_000_000
+_MAX_JSON_VALUES = 3_500_000
+_MAX_FIELDS = 1_000_000
 
 SPACE = "▁"  # U+2581, how SentencePiece writes a space
 
@@ -54,7 +62,11 @@ def control_pieces_as_control(model_proto: bytes, where: str = "The tokenizer") 
     """
     out = bytearray()
     try:
-        for number, field, value in _fields(model_proto):
+        for n_fields, (number, field, value) in enumerate(_fields(model_proto, _MODEL_KINDS)):
+            if n_fields > _MAX_FIELDS:
+                raise ValueError(f"it has more than {_MAX_FIELDS} fields")
+            if number in _NORMALIZERS:
+                _check_normalizer(value)
             if number == _PIECES and (b"<" in value or b"[" in value):  # every marker has one
                 text, score, kind = _read_piece(value)
                 safe = _safe_kind(text, kind)
@@ -87,8 +99,8 @@ def sentencepiece_from_gguf(metadata: Mapping[str, object], where: str = "The GG
     model = metadata.get("tokenizer.ggml.model")
     if model != "llama":
         raise GemmaError(
-            f"{where} has a tokenizer of the kind {model!r}, not 'llama', which Gemma 1 to 3 use; "
-            "choose a Gemma 1, 2 or 3 model."
+            f"{where} has a tokenizer of the kind {shown(model)}, not 'llama', which Gemma 1 to 3 "
+            "use; choose a Gemma 1, 2 or 3 model."
         )
     tokens = cast(Sequence[str], sequence("tokens", {str}))
     scores = cast(Sequence[float], sequence("scores", {float, int}))
@@ -105,7 +117,9 @@ def sentencepiece_from_gguf(metadata: Mapping[str, object], where: str = "The GG
     for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         index = metadata.get(f"tokenizer.ggml.{key}_token_id", -1)
         if not isinstance(index, int) or not -1 <= index < len(tokens):
-            raise GemmaError(f"{where} has no token number {index} ({key}); convert it anew.")
+            raise GemmaError(
+                f"{where} has no token number {shown(index)} ({key}); convert it anew."
+            )
         # By name first: some files of tuned models call end-of-turn EOS, and lose the real one.
         special[role] = ids.get(f"<{role}>", index)
 
@@ -130,9 +144,9 @@ def sentencepiece_from_tokenizer_json(path: Path) -> bytes:
     """
     where = f"The tokenizer {path}"
     try:
-        root = json.loads(path.read_bytes())
-    except OSError as error:
-        raise GemmaError(f"{where} cannot be read: {error.strerror}.") from error
+        text = str(read_file(path, _LARGEST_JSON), "utf-8-sig")
+        check_json_size(text, _MAX_JSON_VALUES)
+        root = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GemmaError(f"{where} is not JSON ({error}); download it again.") from error
     try:
@@ -147,7 +161,7 @@ def sentencepiece_from_tokenizer_json(path: Path) -> bytes:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise GemmaError(
-            f"{where} is not like Gemma's ({what}); choose a Gemma 1, 2 or 3 model."
+            f"{where} is not like Gemma's ({what:.200}); choose a Gemma 1, 2 or 3 model."
         ) from error
     ids = {text: index for index, text in enumerate(texts)}
     special = {
@@ -209,7 +223,7 @@ def _columns_of_json(root: dict[str, object]) -> tuple[list[str], list[float], l
         text = str(token["content"]).replace(" ", SPACE)
         special[text] = bool(token["special"])
         if vocab.setdefault(text, cast(int, token["id"])) != token["id"]:
-            raise ValueError(f"the added token {text!r} has two ids")
+            raise ValueError(f"the added token {shown(text)} has two ids")
     by_id: list[str | None] = [None] * len(vocab)
     for text, index in vocab.items():
         if not 0 <= index < len(by_id) or by_id[index] is not None:
@@ -290,8 +304,12 @@ def _checked(model_proto: bytes, where: str) -> bytes:
 
 # The wire format (protobuf.dev/programming-guides/encoding)
 
-_PIECES = 1  # ModelProto: pieces = 1, trainer_spec = 2, normalizer_spec = 3
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+# ModelProto: pieces = 1, trainer_spec = 2, normalizer_spec = 3, denormalizer_spec = 5.
+_PIECES, _NORMALIZERS = 1, (3, 5)
+_MODEL_KINDS = dict.fromkeys((_PIECES, 2, *_NORMALIZERS), _LENGTH)
+_PIECE_KINDS = {1: _LENGTH, 2: _FIXED32, 3: _VARINT}
+_CHARACTER_MAP = 2  # NormalizerSpec: precompiled_charsmap
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 
 
@@ -329,7 +347,7 @@ def _write_pieces(texts: Iterable[str], scores: Iterable[float], kinds: Iterable
 
 def _read_piece(message: bytes) -> Piece:
     text, score, kind = "", 0.0, PieceType.NORMAL
-    for number, _, value in _fields(message):
+    for number, _, value in _fields(message, _PIECE_KINDS):
         if number == 1:
             text = value.decode()
         elif number == 2:
@@ -352,13 +370,29 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     raise ValueError("a number in it has no end")
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """Yield the number, the whole bytes and the value's bytes of each field of a message."""
+def _check_normalizer(message: bytes) -> None:
+    """Raises ValueError if a normalizer changes characters.
+
+    Gemma's does not; the table would be a structure of pointers that SentencePiece follows.
+    """
+    for number, _, value in _fields(message, {_CHARACTER_MAP: _LENGTH}):
+        if number == _CHARACTER_MAP and value:
+            raise ValueError("it changes characters, which Gemma's does not")
+
+
+def _fields(data: bytes, kinds: Mapping[int, int]) -> Iterator[tuple[int, bytes, bytes]]:
+    """Yield the number, the whole bytes and the value's bytes of each field of a message.
+
+    kinds: what known fields must be; protobuf would skip one of another kind, and read something
+    else than is read here.
+    """
     at = 0
     while at < len(data):
         start = at
         key, at = _read_varint(data, at)
         kind = key & 7
+        if kinds.get(key >> 3, kind) != kind:
+            raise ValueError(f"its field {key >> 3} is of the wrong kind {kind}")
         if kind == _LENGTH:
             size, at = _read_varint(data, at)
         elif kind == _VARINT:

@@ -1,10 +1,10 @@
 """What every reader of a checkpoint hands on, whatever the kind of file."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from sentencepiece import SentencePieceProcessor
 
 from quantize.config import MAX_INTEGER, Fields, GemmaConfig
 from quantize.errors import GemmaError
+
+_LARGEST_SMALL_FILE = 10_000_000  # Gemma 3's tokenizer_config.json takes 1.2 MB
 
 IMAGES_NOTE = "The checkpoint can see images too; only its text model is read, images are not read."
 
@@ -103,6 +105,21 @@ def widen(data: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
     return data.astype(np.float32)
 
 
+class FileState(NamedTuple):
+    """What tells a file from another in its place, and from itself after a change."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+
+def file_states(paths: Iterable[Path]) -> dict[Path, FileState]:
+    """The states of files, by their paths."""
+    stats = {path: path.stat() for path in paths}
+    return {p: FileState(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for p, s in stats.items()}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint, opened: complete, and every tensor of the shape that its config asks for."""
@@ -119,6 +136,8 @@ class Checkpoint:
     """The checkpoint's own defaults, of temperature, top_k and top_p those that it has."""
     notes: tuple[str, ...]
     """Sentences for the user."""
+    files: Mapping[Path, FileState]
+    """Those that tensors are mapped from, as they were when they were opened."""
     origin: str = ""
     """Where it came from, if its path's name does not tell."""
 
@@ -126,6 +145,15 @@ class Checkpoint:
     def name(self) -> str:
         """What the model file says that it was made of."""
         return self.origin or os.fsencode(self.path.absolute().name).decode(errors="replace")
+
+    def check_unchanged(self) -> None:
+        """Raises GemmaError if a file is not what it was when it was opened."""
+        for path, state in self.files.items():
+            if not path.exists() or file_states([path])[path] != state:
+                raise GemmaError(
+                    f"{path} was changed while it was being read; convert it again when nothing"
+                    " else writes to it."
+                )
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:
@@ -141,9 +169,16 @@ def map_file(path: Path) -> NDArray[np.uint8]:
         raise GemmaError(f"{path} cannot be read ({reason}); check the file.") from error
 
 
-def read_file(path: Path) -> bytes:
-    """The whole of a small file. Raises GemmaError if it cannot be read."""
-    return map_file(path).tobytes()
+def read_file(path: Path, limit: int = _LARGEST_SMALL_FILE) -> bytes:
+    """The whole of a small file. Raises GemmaError if it cannot be read, or has more bytes than
+    `limit`."""
+    data = map_file(path)
+    if data.size > limit:
+        raise GemmaError(
+            f"{path} has {data.size} bytes, which is more than such a file of any Gemma; get it"
+            " again."
+        )
+    return data.tobytes()
 
 
 def check_vocabulary(model: bytes, vocab_size: int, where: str) -> None:

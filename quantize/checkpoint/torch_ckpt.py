@@ -36,10 +36,11 @@ from quantize.checkpoint.source import (
     Grid,
     SourceTensor,
     check_vocabulary,
+    file_states,
     widen,
 )
 from quantize.checkpoint.torch_file import TorchTensor, read_torch
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 
 SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -104,7 +105,7 @@ def open_torch(folder: Path, file: Path | None = None) -> Checkpoint:
     """
     file = file or _only_file(folder)
     where = str(file or folder)
-    weights = _read_weights(folder, file)
+    weights, files = _read_weights(folder, file)
     config_path = folder / "config.json"
     stated = read_config(config_path)
     if any(name.endswith(".qkv_proj.weight") for name in weights):
@@ -147,6 +148,7 @@ def open_torch(folder: Path, file: Path | None = None) -> Checkpoint:
         chat="gemma" if chat else "base",
         sampling=read_sampling(folder),
         notes=tuple(notes if chat else [*notes, _BASE_NOTE]),
+        files=file_states(files),
     )
 
 
@@ -163,22 +165,23 @@ def _only_file(folder: Path) -> Path | None:
     return files[0]
 
 
-def _read_weights(folder: Path, file: Path | None) -> dict[str, TorchTensor]:
-    """All tensors, of one file or of the shards that an index lists."""
+def _read_weights(folder: Path, file: Path | None) -> tuple[dict[str, TorchTensor], list[Path]]:
+    """All tensors, of one file or of the shards that an index lists, and these files."""
     shard_of = read_index(folder / _INDEX, ".bin") if (folder / _INDEX).is_file() else {}
     if file and file.name not in shard_of.values():
-        return _state_dict(file)
+        return _state_dict(file), [file]
     weights: dict[str, TorchTensor] = {}
-    for shard in sorted(set(shard_of.values())):
+    shards = sorted(set(shard_of.values()))
+    for shard in shards:
         found = _state_dict(folder / shard)
         for name in (name for name, place in shard_of.items() if place == shard):
             if name not in found:
                 raise GemmaError(
-                    f"{folder / shard} lacks the tensor {name!r} that {_INDEX} places in it; get"
-                    " both files again."
+                    f"{folder / shard} lacks the tensor {shown(name)} that {_INDEX} places in it;"
+                    " get both files again."
                 )
             weights[name] = found[name]
-    return weights
+    return weights, [folder / shard for shard in shards]
 
 
 def _state_dict(path: Path) -> dict[str, TorchTensor]:
@@ -205,12 +208,12 @@ def _tensor(
         return FloatTensor(name, tensor.dtype, data[rows])
     if scales is None or tensor.dtype != "I8" or scales.dtype not in FLOATS:
         raise GemmaError(
-            f"{where} holds {name!r} as {tensor.dtype}, which is not supported; use a checkpoint in"
-            " BF16, F16 or F32, or Gemma's own in int8 with scales."
+            f"{where} holds {shown(name)} as {tensor.dtype}, which is not supported; use"
+            " a checkpoint in BF16, F16 or F32, or Gemma's own in int8 with scales."
         )
     if data.ndim != 2 or scales.data.shape != data.shape[:1]:
         raise GemmaError(
-            f"{where} holds {name!r} with the shape {data.shape} and scales of"
+            f"{where} holds {shown(name)} with the shape {data.shape} and scales of"
             f" {scales.data.shape}, not one for each row; get the checkpoint again."
         )
     wide = widen(scales.data[rows], scales.dtype)

@@ -11,6 +11,7 @@ containers and tensors. Whatever else a file asks for ends in a GemmaError: noth
 called or looked up by a name from the file.
 """
 
+import io
 import pickletools
 import re
 import struct
@@ -24,10 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.checkpoint.source import map_file
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 
 ZIP_MAGIC = b"PK\x03\x04"
-_LARGEST_PICKLE = 4_000_000  # that of a 27B takes a tenth of it
+# A 27B has 60,000 opcodes in 400 kB, and 1300 entries.
+_LARGEST_PICKLE = 2_000_000
+_MOST_OPCODES = 400_000
+_LARGEST_DIRECTORY = 2_000_000
 _MAX_DIMS = 8
 _ENTRY = re.compile(r"[^/\\\0]+(/[^/\\\0]+)+")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # APPNOTE.TXT 4.3.7: signature … name and extra lengths
@@ -76,6 +80,15 @@ def read_torch(path: Path) -> object:
     return _Interpreter(archive).run(archive.pickle)
 
 
+class _ZipSource(io.FileIO):
+    """The file for `zipfile`, which reads a directory of any size at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _LARGEST_DIRECTORY:
+            raise zipfile.BadZipFile(f"it takes {size} bytes")
+        return super().read(size) or b""
+
+
 class _Archive:
     """The entries of the zip file, checked: uncompressed, apart from each other, inside of it."""
 
@@ -102,34 +115,36 @@ class _Archive:
     def storage(self, key: str) -> NDArray[np.uint8]:
         entry = self._entries.get(f"{self._root}/data/{key}")
         if entry is None:
-            raise self.damaged(f"the bytes of storage {key!r} are missing")
+            raise self.damaged(f"the bytes of storage {shown(key)} are missing")
         return entry
 
     def _locate(self, file: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with _ZipSource(self.path) as source, zipfile.ZipFile(source) as archive:
                 infos = archive.infolist()
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-            raise self.damaged(f"its directory cannot be read ({error})") from error
+        except (zipfile.BadZipFile, ValueError, RuntimeError, ArithmeticError, struct.error) as e:
+            raise self.damaged(f"its directory cannot be read ({e!s:.100})") from e
         entries: dict[str, NDArray[np.uint8]] = {}
         end = 0
         for info in sorted(infos, key=lambda info: info.header_offset):
             name = info.orig_filename
             if not _ENTRY.fullmatch(name) or ".." in name.split("/"):
-                raise self.damaged(f"{name!r} is no name of an entry")
+                raise self.damaged(f"{shown(name)} is no name of an entry")
             if name in entries:
-                raise self.damaged(f"it holds {name!r} twice")
+                raise self.damaged(f"it holds {shown(name)} twice")
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-                raise self.damaged(f"{name!r} is compressed or encrypted, so it cannot be mapped")
+                raise self.damaged(
+                    f"{shown(name)} is compressed or encrypted, so it cannot be mapped"
+                )
             at = info.header_offset
             header = file[at : at + _LOCAL_HEADER.size].tobytes() if at >= end else b""
             if len(header) < _LOCAL_HEADER.size or not header.startswith(ZIP_MAGIC):
-                raise self.damaged(f"{name!r} does not lie at {at}, after the entry before it")
+                raise self.damaged(f"{shown(name)} does not lie at {at}, after the entry before it")
             _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
             start = at + _LOCAL_HEADER.size + name_bytes + extra_bytes
             end = start + info.file_size
             if info.file_size != info.compress_size or end > file.size:
-                raise self.damaged(f"{name!r} lies at {start} to {end} of {file.size} bytes")
+                raise self.damaged(f"{shown(name)} lies at {start} to {end} of {file.size} bytes")
             entries[name] = file[start:end]
         return entries
 
@@ -184,7 +199,10 @@ class _Interpreter:
 
     def run(self, program: NDArray[np.uint8]) -> object:
         try:
-            for opcode, argument, _ in pickletools.genops(program.tobytes()):
+            opcodes = pickletools.genops(program.tobytes())
+            for n_done, (opcode, argument, _) in enumerate(opcodes):
+                if n_done > _MOST_OPCODES:
+                    raise ValueError(f"it has more than {_MOST_OPCODES} opcodes")
                 if opcode.name == "STOP":
                     break
                 self._follow(opcode.name, argument)
@@ -195,7 +213,7 @@ class _Interpreter:
                 " hostile. Nothing of it was run; get the checkpoint from its original source."
             ) from error
         except (ValueError, IndexError, KeyError, TypeError) as error:
-            raise self._archive.damaged(f"its pickle is malformed ({error!s:.200})") from error
+            raise self._archive.damaged(f"its pickle is malformed ({shown(str(error))})") from error
         if self._below:
             raise self._archive.damaged("its pickle ends in the middle")
         return result
@@ -229,6 +247,9 @@ class _Interpreter:
         elif name == "GLOBAL":
             stack.append(_function(str(argument)))
         elif name == "STACK_GLOBAL":
+            # Nothing else has a text that is sure to be short: lists can hold each other.
+            if not all(isinstance(part, str) for part in stack[-2:]):
+                raise _RefusedError("a name that is not a string")
             stack.append(_function(" ".join(map(str, self._pop(2)))))
         elif name == "BINPERSID":
             stack.append(self._storage(*self._pop(1)))
@@ -276,7 +297,7 @@ class _Interpreter:
                 raise _RefusedError("something else than a storage by a persistent id")
         data = self._archive.storage(key)
         if data.size != n_items * np.dtype(numpy_type).itemsize:
-            raise ValueError(f"storage {key!r} has {data.size} bytes for {n_items} of {dtype}")
+            raise ValueError(f"storage {shown(key)} has {data.size} bytes for {n_items} of {dtype}")
         return _Storage(dtype, data.view(numpy_type))
 
     def _reduce(self, function: object, arguments: object) -> object:
@@ -291,12 +312,12 @@ class _Interpreter:
             ):
                 return TorchTensor(storage.dtype, _view(storage.items, start, shape, strides))
         name = function.name if isinstance(function, _Function) else type(function).__name__
-        raise _RefusedError(f"a call of {name!r} with unexpected arguments")
+        raise _RefusedError(f"a call of {shown(name)} with unexpected arguments")
 
 
 def _function(name: str) -> _Function:
     if name not in _FUNCTIONS:
-        raise _RefusedError(f"{name!r:.200}")
+        raise _RefusedError(shown(name))
     return _FUNCTIONS[name]
 
 
