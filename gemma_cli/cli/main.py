@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from gemma_cli import __version__
-from gemma_cli.cli import bench, chat, evaluate, inspect, models, output, quantize, run, tokenize
+from gemma_cli.cli import (
+    bench,
+    chat,
+    evaluate,
+    inspect,
+    models,
+    output,
+    quantize,
+    run,
+    sessions,
+    tokenize,
+)
 from gemma_cli.cli import map as map_lines
 from gemma_cli.generation import PromptTooLong
 from quantize.errors import GemmaError
@@ -31,6 +42,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("tokenize")(tokenize.tokenize)
 app.command("models")(models.models)
+app.add_typer(sessions.app, name="sessions")
 
 
 def _print_version(wanted: bool) -> None:
