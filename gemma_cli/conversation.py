@@ -29,28 +29,38 @@ class Conversation:
         self.tokenizer = tokenizer
         self.cache = cache
         self.format: Format = format
-        self._cached: list[int] = []  # the ids in the cache
+        self.cached: list[int] = []  # the ids in the cache
+        self._laid_out: tuple[object, list[list[int]]] | None = None
 
-    def prompt_ids(self) -> list[int]:
-        """The ids up to where the model answers the last turn, or goes on with its own."""
-        session = self.session
-        parts = turn_ids(self.tokenizer, session.turns, session.system, self.format)
-        return list(chain.from_iterable(parts))
+    @property
+    def parts(self) -> list[list[int]]:
+        """The ids of each turn in the context, up to where the model answers the last one or goes
+        on with its own."""
+        system, turns = context = self.session.context
+        if not turns:
+            return []
+        if not self._laid_out or self._laid_out[0] != context:
+            parts = turn_ids(self.tokenizer, turns, system, self.format)
+            self._laid_out = context, parts
+        return self._laid_out[1]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the conversation, with what is around the turns."""
-        return len(self.prompt_ids()) if self.session.turns else 0
+        """Tokens of the context so far, with what is around the turns."""
+        return sum(map(len, self.parts))
+
+    def prompt_ids(self) -> list[int]:
+        return list(chain.from_iterable(self.parts))
 
     def rewind(self) -> int:
         """Forgets what in the cache is not the prompt's beginning; returns how much of the prompt
         is then to be read: at least the last id, as that gives the logits."""
         prompt_ids = self.prompt_ids()
         try:
-            self.cache.truncate(n_common(self._cached, prompt_ids[:-1]))
+            self.cache.truncate(n_common(self.cached, prompt_ids[:-1]))
         except ValueError:  # a sliding window has gone past it
             self.cache.clear()
-        self._cached = prompt_ids[: self.cache.length]
+        self.cached = prompt_ids[: self.cache.length]
         return len(prompt_ids) - self.cache.length
 
     def answer(
@@ -69,7 +79,7 @@ class Conversation:
         own. Arguments and exceptions are those of `respond`.
         """
         self.rewind()
-        ids = prompt_ids = self.prompt_ids()
+        seen = prompt_ids = self.prompt_ids()
         try:
             answer = respond(
                 self.model,
@@ -83,20 +93,19 @@ class Conversation:
                 draft=draft,
                 progress=progress,
             )
-            ids = [*prompt_ids, *answer.ids]
+            seen = [*prompt_ids, *answer.ids]
         finally:
-            self._cached = ids[: self.cache.length]
+            self.cached = seen[: self.cache.length]
         if answer.ids or answer.finish_reason != "interrupted":
-            self._add(answer)
+            text, new = answer.text, said(self.tokenizer, answer)
+            ids: tuple[int, ...] | None = new
+            last = self.session.turns[-1]
+            if last.role == "model":
+                self.session.keep(len(self.session.turns) - 1)
+                text = last.text + text
+                ids = None if last.ids is None else last.ids + new
+            self.session.add(Turn("model", text, ids), answer.finish_reason)
         return answer
-
-    def _add(self, answer: Answer) -> None:
-        session, text, ids = self.session, answer.text, said(self.tokenizer, answer)
-        last = session.turns[-1]
-        if last.role == "model":
-            session.keep(len(session.turns) - 1)
-            text, ids = last.text + text, (*(last.ids or ()), *ids)
-        session.add(Turn("model", text, ids))
 
 
 def said(tokenizer: Tokenizer, answer: Answer) -> tuple[int, ...]:

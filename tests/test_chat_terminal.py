@@ -7,6 +7,8 @@ import pytest
 from program import CONTEXT
 from terminals import Terminal
 
+from gemma_cli.session import Session
+
 CTRL_C, CTRL_D, CTRL_R = "\x03", "\x04", "\x12"
 TALK = ("chat", "-m", "chat", "-t", "0", "--plain")
 
@@ -112,3 +114,46 @@ def test_reading_a_long_message_can_be_stopped(home: Path) -> None:
         terminal.wait_for(r"in the prompt again\.\n[\s\S]*the man met ten men\n[\s\S]* 0 of 50,000")
         terminal.type(CTRL_C + CTRL_C)
         assert terminal.wait() == 0
+
+
+def test_a_killed_conversation_is_kept(home: Path, tmp_path: Path) -> None:
+    """All but the answer that was being made; and it goes on."""
+    (tmp_path / "models").symlink_to(home / "models")
+    (tmp_path / "cache").symlink_to(home / "cache")
+    with Terminal(tmp_path, *endless(home), "-n", "9") as terminal:
+        terminal.wait_for(r"(?m)^>")
+        terminal.type("the man\r")
+        terminal.wait_for(r"> the man\n[\s\S]+\n>\n")
+        terminal.type("/set max-tokens 49000\r")
+        terminal.wait_for(r"(?m)^max-tokens +49000")
+        terminal.type("ten hens\r")
+        terminal.wait_for(r"> ten hens\n.{20}")
+        terminal.send_signal(signal.SIGKILL)
+        assert terminal.wait() == -signal.SIGKILL
+    (path,) = (tmp_path / "state" / "sessions").glob("*.jsonl")
+    session = Session.open(path)
+    assert [turn.role for turn in session.turns] == ["user", "model", "user"]
+    session.close()
+
+    with Terminal(tmp_path, "chat", "--continue", "--plain") as terminal:
+        terminal.wait_for(r"> ten hens\nIt has no answer yet")
+        terminal.type("/set max-tokens 9\r")
+        terminal.wait_for(r"(?m)^max-tokens +9")
+        terminal.type("/regen\r")
+        terminal.wait_for(r"> /regen\n[\s\S]+\n>\n")
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+        assert f"Kept as {session.name}" in terminal.text
+    assert len(Session.open(path).turns) == 4
+
+
+def test_what_is_not_to_be_kept(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").symlink_to(home / "models")
+    (tmp_path / "cache").symlink_to(home / "cache")
+    with Terminal(tmp_path, *TALK, "-n", "9", "--no-save") as terminal:
+        terminal.wait_for(r"(?m)^>")
+        terminal.type("the man\r")
+        terminal.wait_for(r"> the man\n[\s\S]+\n>\n[\s\S]*not kept")
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+    assert not (tmp_path / "state").exists()

@@ -28,7 +28,8 @@ class Talk:
 
     def __init__(self, loaded: tuple[Model, Tokenizer], format: Format = "turns") -> None:
         self.model, self.tokenizer = loaded
-        self.session = Session("be lean")
+        self.session = Session()
+        self.session.instruct("be lean")
         self.format: Format = format
         cache = self.model.new_cache(1000)
         self.conversation = Conversation(self.session, *loaded, cache, format)
@@ -71,7 +72,7 @@ def test_answers_are_those_of_the_whole_conversation(
     talk.say("a long answer", max_tokens=150)
     talk.session.keep(2)  # past what the windows hold
     talk.say("the lane")
-    talk.session.system = "be mean"
+    talk.session.instruct("be mean")
     talk.say("the tin")
     assert [turn.role for turn in talk.session.turns] == ["user", "model"] * 3
 

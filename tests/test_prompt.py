@@ -84,6 +84,7 @@ def test_what_is_typed(ask: Ask, keys: str, message: str | None) -> None:
 
 def test_a_default_can_be_edited(ask: Ask) -> None:
     assert ask("!" + ENTER, default="one\ntwo") == "one\ntwo!"
+    assert ask(CTRL_C, default="one") == ""  # and be given up
 
 
 def test_history_lasts_and_is_private(ask: Ask, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 RAW_TOKENS = 256  # a base model rarely ends by itself
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+
 
 def make_sampling(file: ModelFile, given: Mapping[str, Any]) -> Sampling:
     """From the options given, else the model file's defaults, else Gemma's."""

@@ -18,6 +18,7 @@ from gemma_cli.cli import (
     output,
     quantize,
     run,
+    sessions,
     tokenize,
     verify,
 )
@@ -43,6 +44,7 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("tokenize")(tokenize.tokenize)
 app.command("models")(models.models)
+app.add_typer(sessions.app, name="sessions")
 
 
 def _print_version(wanted: bool) -> None:

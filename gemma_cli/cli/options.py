@@ -195,6 +195,15 @@ KVFormat = Annotated[
     KV,
     typer.Option("--kv", help="How the context is kept in memory; int8 takes half."),
 ]
+SessionName = Annotated[
+    str | None,
+    typer.Option(
+        "--session",
+        metavar="NAME",
+        help="Go on with this session, or begin it.",
+        show_default=False,
+    ),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speeds to standard error.")]
 NdJson = Annotated[
     bool,

@@ -30,12 +30,16 @@ def write_json(value: object) -> None:
     write(_ESCAPED_BYTE.sub("\ufffd", json.dumps(value, ensure_ascii=False)) + "\n")
 
 
-def write_table(rows: Sequence[Sequence[str]]) -> None:
-    """Writes rows of equally many cells in columns, with no frame: easy to read, cut and grep."""
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equally many cells in columns, with no frame: easy to read, cut and grep."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        write("  ".join(cells).rstrip() + "\n")
+    cells = ([cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows)
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def write_table(rows: Sequence[Sequence[str]]) -> None:
+    for line in table(rows):
+        write(line + "\n")
 
 
 def note(text: str) -> None:

@@ -67,30 +67,32 @@ class LinePrompt:
 
     def __init__(self, screen: TextIO) -> None:
         self._screen = screen
+        self._given_up = False  # with Ctrl-C, the last time
 
     def ask(
         self, default: str = "", *, begin: Begin | None, arrived: Callable[[], object]
     ) -> str | None:
-        """A message that is not empty, or None: Ctrl-D, or Ctrl-C twice.
+        """A message, or None: Ctrl-D, or Ctrl-C twice. "" if someone gives up the default.
 
         When the prompt is there, `begin` is called; when what it has begun is done while someone
         still types, `arrived` is called. That may print, and if it raises, so does this.
         """
-        given_up = False
         while True:
             try:
                 text = self._read(default, begin, arrived)
             except EOFError:
                 return None
             except KeyboardInterrupt:
-                if given_up and not self._typed():
+                if self._given_up and not self._typed():
                     return None
-                given_up, default = True, ""
+                self._given_up = True
                 output.note("Ctrl-C again, or Ctrl-D, leaves.")
+                if default:
+                    return ""
                 continue
+            self._given_up = False
             if text.strip():
                 return unquote(text.strip())
-            given_up = False
 
     def _read(self, default: str, begin: Begin | None, arrived: Callable[[], object]) -> str:
         if begin:

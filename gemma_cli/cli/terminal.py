@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,14 @@ def size() -> os.terminal_size:
     if stated.isdecimal() and int(stated):
         columns = min(columns, int(stated))
     return os.terminal_size((columns or 80, rows or 24))
+
+
+def copy(text: str) -> None:
+    """Puts a text into the clipboard of the terminal: OSC 52 of xterm's control sequences."""
+    screen = sys.stdout if sys.stdout.isatty() else sys.stderr
+    data = b64encode(text.encode("utf-8", "replace")).decode()
+    screen.write(f"\x1b]52;c;{data}\x07")
+    screen.flush()
 
 
 @contextmanager

@@ -4,13 +4,17 @@ The formats are built in; a template that comes with a checkpoint is never run. 
 as ids, and a user's text is encoded apart from them, so whatever it spells it stays text.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from gemma_cli.text.tokenizer import Tokenizer
 from quantize.errors import GemmaError
+
+if TYPE_CHECKING:
+    from gemma_cli.text.tokenizer import Tokenizer
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
@@ -19,7 +23,11 @@ Format = Literal["turns", "transcript", "raw"]
 """How a conversation is laid out for a model: Gemma's turns, lines of a plain transcript, or as the
 last text alone, to go on with."""
 
-STOP_TEXTS: dict[Format, tuple[str, ...]] = {"turns": (), "transcript": ("\nUser:",), "raw": ()}
+STOP_TEXTS: dict[Format, tuple[str, ...]] = {
+    "turns": (),
+    "transcript": ("\nUser:", "\nAssistant:"),
+    "raw": (),
+}
 """The texts that end an answer, besides the ids that do."""
 
 

@@ -1,0 +1,296 @@
+"""The commands of a chat, on a small random model."""
+
+import json
+import re
+from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gemma_cli.cli import terminal
+from gemma_cli.cli.answering import Form
+from gemma_cli.cli.chat import send
+from gemma_cli.cli.chat_commands import COMMANDS, SETTINGS, is_command, obey
+from gemma_cli.cli.talk import Talk
+from gemma_cli.session import Session, new_path
+from gemma_cli.text.chat import Turn
+
+Say = Callable[[str], str]
+
+
+@pytest.fixture
+def talk(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Talk:
+    (tmp_path / "models").symlink_to(home / "models")
+    monkeypatch.setenv("GEMMA_CLI_HOME", str(tmp_path))
+    talk = Talk(
+        path=tmp_path / "models" / "chat.safetensors",
+        session=Session(new_path()),
+        chat=None,
+        context=None,
+        kv="f16",
+        threads=None,
+        markdown=False,
+        form=Form(False, False, False, newline=False, write=lambda text: None),
+        interactive=False,
+    )
+    talk.session.set({"temperature": 0.0, "max_tokens": 5})
+    return talk
+
+
+@pytest.fixture
+def say(talk: Talk, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Types a line; returns what is told on standard error."""
+
+    def say(line: str) -> str:
+        if is_command(line):
+            assert obey(talk, line) == ""
+        else:
+            assert send(talk, line, instead=False) == ""
+        return capsys.readouterr().err
+
+    return say
+
+
+def texts(talk: Talk) -> list[str]:
+    return [turn.text for turn in talk.session.turns if turn.role == "user"]
+
+
+def reopened(talk: Talk) -> Session:
+    assert talk.session.path
+    return Session.open(talk.session.path, to_write=False)
+
+
+def test_what_is_a_command() -> None:
+    for text in ("/help", "/set temperature 1", "/nothing", "/?"):
+        assert is_command(text)
+    for text in ("help", "/usr/bin/env what?", "/set\nx", "/", "/ set", "a /help", "/etc"[:1]):
+        assert not is_command(text)
+
+
+def test_help_and_typos(say: Say) -> None:
+    shown = say("/help")
+    for name, command in COMMANDS.items():
+        assert re.search(rf"(?m)^{name} .*{re.escape(command.about)}$", shown)
+    assert "Ctrl-C" in shown
+    assert "Did you mean /system?" in say("/sytem be lean")
+    assert "Did you mean top-k?" in say("/set topk 3")
+    assert "There are /clear" in say("/zzz")
+
+
+def test_system(talk: Talk, say: Say) -> None:
+    assert say("/system") == "System text: none\n"
+    assert say("/system be lean") == "System text: be lean\n"
+    say("the man")
+    assert reopened(talk).system == "be lean"
+    say("/system none")
+    assert reopened(talk).system is None
+
+
+def test_every_setting(talk: Talk, say: Say) -> None:
+    listed = say("/set")
+    for name, setting in SETTINGS.items():
+        assert re.search(rf"(?m)^{name} .*{re.escape(setting.about)}$", listed)
+    assert re.search(r"(?m)^temperature +0.0 {8,}", listed)
+    assert re.search(r"(?m)^top-k +64 +default", listed)
+    for name, value, kept in (
+        ("temperature", "0.5", 0.5),
+        ("top-k", "3", 3),
+        ("top-p", "0.5", 0.5),
+        ("min-p", "0.1", 0.1),
+        ("repeat-penalty", "1.1", 1.1),
+        ("seed", "7", 7),
+        ("max-tokens", "2", 2),
+        ("stop", "the end", ["the end"]),
+        ("draft", "off", False),
+    ):
+        shown = say(f"/set {name} {value}")
+        assert shown.startswith(name)
+        assert value in shown
+        assert talk.session.settings[name.replace("-", "_")] == kept
+    assert talk.sampling().temperature == 0.5
+    for wrong in (
+        *("temperature -1", "temperature warm", "temperature nan", "top-k 1.5", "top-p 2"),
+        *("min-p 2", "repeat-penalty 0", "seed -1", "max-tokens -1", "draft maybe"),
+    ):
+        before = dict(talk.session.settings)
+        assert "cannot be" in say(f"/set {wrong}")
+        assert talk.session.settings == before
+    say("/set temperature default")
+    assert "temperature" not in talk.session.settings
+    say("the man")
+    assert reopened(talk).settings == talk.session.settings
+    assert talk.answer
+    assert len(talk.answer.ids) == 2
+
+
+def test_regen_undo_and_continue(talk: Talk, say: Say) -> None:
+    for command in ("/regen", "/undo", "/edit", "/continue", "/tokens", "/export x.md"):
+        assert say(command) == "Nothing was said yet.\n"
+    say("the man")
+    first = talk.session.turns[1]
+    say("ten hens")
+    say("/regen")
+    assert texts(talk) == ["the man", "ten hens"]
+    assert talk.session.n_answers == 3
+    assert say("/undo") == "Withdrawn: ten hens\n"
+    assert talk.session.turns == [Turn("user", "the man"), first]
+    say("/continue")
+    longer = talk.session.turns[1]
+    assert longer.text.startswith(first.text)
+    assert longer.ids
+    assert first.ids
+    assert longer.ids[: len(first.ids)] == first.ids
+    assert len(longer.ids) == len(first.ids) + 5
+    assert reopened(talk).turns == talk.session.turns
+
+
+def test_edit(talk: Talk, say: Say) -> None:
+    say("the man")
+    say("ten hens")
+    turns = list(talk.session.turns)
+    assert obey(talk, "/edit") == "ten hens"
+    assert talk.session.turns == turns  # until it is sent
+    assert send(talk, "ten men", instead=True) == ""
+    assert texts(talk) == ["the man", "ten men"]
+
+
+def test_nothing_is_lost_if_an_answer_does_not_come(
+    talk: Talk, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say("the man")
+    turns = list(talk.session.turns)
+    conversation = talk.ready()
+    forward = conversation.model.forward
+
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversation.model, "forward", stop)
+    for text, instead in (("ten hens", False), ("ten men", True)):
+        assert send(talk, text, instead=instead) == text
+        assert talk.session.turns == turns
+    say("/regen")
+    assert talk.session.turns == turns
+    say("/continue")
+    assert talk.session.turns == turns
+    monkeypatch.setattr(conversation.model, "forward", forward)
+    say("ten hens")
+    assert texts(talk) == ["the man", "ten hens"]
+
+
+def test_files(talk: Talk, say: Say, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ten hens\n")
+    (tmp_path / "b").write_bytes(b"\0\1")
+    n_tokens = len(talk.ready().tokenizer.encode("ten hens\n"))
+    assert "No file" in say("/file")
+    assert f"a.txt: 9 B, {n_tokens} tokens." in say(f"/file {tmp_path}/a.txt")
+    assert "is not a text" in say(f"/file {tmp_path}/b")
+    assert "cannot be read" in say(f"/file {tmp_path}/none")
+    (tmp_path / "large").write_text("the man " * 9000)
+    assert "context holds 4,096" in say(f"/file {tmp_path}/large")
+    assert "a.txt" in say("/file")
+    say("count them")
+    assert texts(talk) == ["a.txt:\nten hens\n\n\ncount them"]
+    assert not talk.files
+    say(f"/file {tmp_path}/a.txt")
+    assert "No file" in say("/file none")
+
+
+def test_sessions(talk: Talk, say: Say, tmp_path: Path) -> None:
+    assert "No conversation" in say("/sessions")
+    say("the man")
+    assert "Give the name" in say("/save")
+    say("/save first")
+    turns = list(talk.session.turns)
+    shown = say("/clear")
+    assert "kept as first" in shown
+    assert talk.session.turns == []
+    assert talk.session.settings["max_tokens"] == 5
+    say("ten hens")
+    assert re.search(r"(?m)^first .*the man$", say("/sessions"))
+    assert "There is a session first already" in say("/save first")
+    assert "Did you mean first?" in say("/load firts")
+    shown = say("/load first")
+    assert "> the man" in shown
+    assert talk.session.turns == turns
+    assert "This is first already" in say("/load first")
+    read = talk.ready().rewind()
+    assert read == 1  # all but the last id came from the snapshot
+    say("in the inn")
+    assert texts(talk) == ["the man", "in the inn"]
+
+
+def test_export(talk: Talk, say: Say, tmp_path: Path) -> None:
+    say("the man")
+    say(f"/export {tmp_path}/a.md")
+    assert "the man" in (tmp_path / "a.md").read_text()
+    say(f"/export {tmp_path}/a.json")
+    messages = json.loads((tmp_path / "a.json").read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert "is there already" in say(f"/export {tmp_path}/a.md")
+    assert "must end in .md or .json" in say(f"/export {tmp_path}/a.txt")
+    assert "Give a file" in say("/export")
+
+
+def test_tokens_and_stats(talk: Talk, say: Say) -> None:
+    say("the man")
+    conversation = talk.ready()
+    shown = say("/tokens")
+    counts = [int(n) for n in re.findall(r"(?m)^(?:user|model)? +([\d,]+) ", shown)]
+    assert counts[-1] == sum(counts[:-1]) == len(conversation.prompt_ids())
+    shown = say("/stats")
+    assert "5 tokens" in shown
+    assert "chat.safetensors" in shown
+
+
+def test_another_model_keeps_the_transcript(talk: Talk, say: Say, tmp_path: Path) -> None:
+    say("the man")
+    before = talk.session.turns[1]
+    assert "nothing is neither" in say("/model nothing")
+    assert talk.path.stem == "chat"
+    shown = say("/model base")
+    assert "base is a base model" in shown
+    assert talk.ready().format == "transcript"
+    say("ten hens")
+    assert texts(talk) == ["the man", "ten hens"]
+    kept = reopened(talk)
+    assert kept.model == "base"
+    assert kept.turns[1].text == before.text
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing of use")
+    assert "not a gemma-cli model" in say(f"/model {tmp_path}/damaged.safetensors")
+    assert talk.path.stem == "base"
+    say("in the inn")
+
+
+def test_copy(talk: Talk, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[str] = []
+    monkeypatch.setattr(terminal, "copy", copied.append)
+    assert "no answer to copy" in say("/copy")
+    say("the man")
+    say("/copy")
+    assert copied == [talk.session.turns[1].text.strip()]
+
+
+def test_the_clipboards_sequence(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.copy("a\x1b]0;é")
+    found = re.fullmatch(r"\x1b\]52;c;([A-Za-z0-9+/=]+)\x07", capsys.readouterr().err)
+    assert found
+    assert b64decode(found[1]).decode() == "a\x1b]0;é"
+
+
+def test_values_of_commands(talk: Talk, say: Say) -> None:
+    say("the man")
+    say("/save first")
+
+    def values(command: str, typed: str) -> list[str]:
+        function = COMMANDS[command].values
+        assert function
+        return list(function(typed))
+
+    assert set(values("/set", "t")) == set(SETTINGS)
+    assert values("/set", "draft o") == ["default", "on", "off"]
+    assert values("/set", "nothing x") == []
+    assert values("/load", "") == ["first"]
+    assert values("/model", "") == ["base", "chat"]
+    assert COMMANDS["/file"].values is None
