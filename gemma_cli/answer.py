@@ -20,7 +20,7 @@ from gemma_cli.text.stream import StreamDecoder
 
 if TYPE_CHECKING:
     from gemma_cli.runtime import KVCache, Model
-    from gemma_cli.sampling import Sampler, Sampling
+    from gemma_cli.sampling import Logprobs, Sampler
     from gemma_cli.text.tokenizer import Tokenizer
 
 
@@ -35,6 +35,8 @@ class Answer:
     prefilled: int = 0  # prompt tokens computed, that is: not found in the cache
     prefill_s: float = 0.0  # up to and with the first sampled id
     decode_s: float = 0.0
+    logprobs: list[dict[str, object]] | None = None  # of each id, as JSON has them; if asked for
+    has_form: bool = True  # that which was asked for
 
     @property
     def prefill_tok_s(self) -> float:
@@ -90,10 +92,12 @@ class Transcript:
         self,
         answer: Answer,
         tokenizer: Tokenizer,
+        sample: Sampler,
         stops: Sequence[str],
         emit: Callable[[str], None],
     ) -> None:
         self.answer = answer
+        self._tokenizer, self._sample = tokenizer, sample
         self._emit = emit
         self._decoder, self._watch = StreamDecoder(tokenizer), StopTexts(stops)
         self._started = perf_counter()
@@ -114,6 +118,11 @@ class Transcript:
 
     def close(self, reason: FinishReason) -> None:
         self.answer.finish_reason = reason
+        if self._sample.n_top is not None:
+            logprobs = self._sample.logprobs[: len(self.answer.ids)]
+            self.answer.logprobs = [describe(self._tokenizer, of_id) for of_id in logprobs]
+        if self._sample.constraint:
+            self.answer.has_form = self._sample.constraint.satisfied
         self._say(self._watch.push(self._decoder.flush()))
         self._say(self._watch.flush())
 
@@ -121,6 +130,16 @@ class Transcript:
         if piece:
             self.answer.text += piece
             self._emit(piece)
+
+
+def describe(tokenizer: Tokenizer, logprobs: Logprobs) -> dict[str, object]:
+    """An id's logprobs as JSON has them: id, piece, logprob and the same of the likeliest ids."""
+
+    def entry(token: int, logprob: float) -> dict[str, object]:
+        return {"id": token, "piece": tokenizer.piece(token), "logprob": logprob}
+
+    top = [entry(*likely) for likely in logprobs.top]
+    return entry(logprobs.token, logprobs.logprob) | {"top": top}
 
 
 def respond(
@@ -142,7 +161,7 @@ def respond(
     a beginning of `prompt_ids` + `ids`. Raises what `generate` raises.
     """
     answer = Answer(len(prompt_ids), prefilled=len(prompt_ids) - cache.length)
-    transcript = Transcript(answer, tokenizer, stops, emit)
+    transcript = Transcript(answer, tokenizer, sample, stops, emit)
     ids = generate(
         model,
         cache,
@@ -178,7 +197,7 @@ def respond_batch(
     cache: KVCache,
     prefix_ids: Sequence[int],
     prompts: Iterable[Sequence[int]],
-    sampling: Sampling,
+    sample: Sampler,
     *,
     stops: Sequence[str] = (),
     max_tokens: int | None = None,
@@ -197,7 +216,7 @@ def respond_batch(
         cache,
         prefix_ids,
         prompts,
-        sampling,
+        sample,
         stop_ids(tokenizer),
         max_tokens=max_tokens,
         batch_size=batch_size,
@@ -206,7 +225,7 @@ def respond_batch(
             done[c.index] = c.error
         elif c.index not in transcripts:
             answer = Answer(len(c.prompt_ids), prefilled=len(c.prompt_ids) - c.cached)
-            transcripts[c.index] = Transcript(answer, tokenizer, stops, lambda piece: None)
+            transcripts[c.index] = Transcript(answer, tokenizer, c.sample, stops, _keep)
         else:
             transcript = transcripts[c.index]
             transcript.clock()
@@ -219,3 +238,7 @@ def respond_batch(
         while turn in done:
             yield done.pop(turn)
             turn += 1
+
+
+def _keep(piece: str) -> None:
+    """The text is in the answer."""

@@ -51,6 +51,11 @@ class PromptLookup:
         self._drafted = len(draft)
         return draft
 
+    def skip(self, context: Sequence[int], certain: int) -> None:
+        """In place of a draft: as many ids that come after the context are certain anyway."""
+        self._length = len(context) + certain
+        self._drafted = 0
+
     def _look_up(self, context: Sequence[int], size: int) -> list[int]:
         """What came after the last n-gram when it was there before; [] if it was not."""
         for end in range(self._indexed, len(context)):

@@ -9,7 +9,7 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import TYPE_CHECKING, Literal
 
-from gemma_cli.drafting import PromptLookup
+from gemma_cli.drafting import LONGEST, PromptLookup
 from quantize.errors import GemmaError
 
 if TYPE_CHECKING:  # so that the command line can name PromptTooLong without loading the kernels
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # so that the command line can name PromptTooLong without loa
     from numpy.typing import NDArray
 
     from gemma_cli.runtime import KVCache, Model
-    from gemma_cli.sampling import Sampler, Sampling
+    from gemma_cli.sampling import Sampler
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -50,7 +50,8 @@ def generate(
     draft: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Generator[int, None, FinishReason]:
-    """Yields sampled ids until a stop id (not yielded), `max_tokens` or the end of the cache.
+    """Yields sampled ids until a stop id (not yielded), the end of what the sampler's constraint
+    lets come, `max_tokens` or the end of the cache.
 
     `prompt_ids` is the whole context. The first `cache.length` of them are those already in the
     cache and are not computed again; at least one must be new. However the generator ends (`close`
@@ -68,7 +69,7 @@ def generate(
     if end == len(context):
         return "length"
     lookup = PromptLookup(context) if draft else None
-    n_best = sample.sampling.n_best
+    n_best = sample.n_best
     new, drafted = context[cache.length :], list[int]()
     try:
         rows: Iterable[NDArray[np.float32]]
@@ -79,18 +80,28 @@ def generate(
             # logits as without a draft; so the ids are the same.
             for row, guess in zip_longest(rows, drafted):
                 token = sample(row, context)
+                right = token is not None and token == guess
+                if token is None:
+                    token = _draw_from_all(model, cache, sample, context)
                 if token in stop_ids:
                     return "stop"
                 yield token
-                if token != guess:
+                if not right:
                     cache.truncate(len(context))
                 context.append(token)
+                if sample.ended:
+                    return "stop"
                 if len(context) == end:
                     return "length"
-                if token != guess:
+                if not right:
                     break
             # The last id of the answer is never in the cache, so it cannot be drafted either.
-            drafted = lookup.draft(context, end - len(context) - 1) if lookup else []
+            most = end - len(context) - 1
+            if drafted := list(sample.forced[: min(most, LONGEST)]):
+                if lookup:
+                    lookup.skip(context, len(drafted))
+            elif lookup:
+                drafted = lookup.draft(context, most)
             new = [context[-1], *drafted]
             if drafted:
                 rows = model.forward_each(new, cache, n_best=n_best)
@@ -98,6 +109,15 @@ def generate(
                 rows = [model.forward(new, cache, n_best=n_best)]
     finally:
         cache.truncate(min(cache.length, len(context)))
+
+
+def _draw_from_all(model: Model, cache: KVCache, sample: Sampler, context: Sequence[int]) -> int:
+    """The next id where the likeliest ones do not do: the logits after the context anew, all of
+    them. The cache then ends with the context."""
+    cache.truncate(len(context) - 1)
+    token = sample(model.forward(context[-1:], cache), context, all_there=True)
+    assert token is not None
+    return token
 
 
 def context_end(
@@ -117,6 +137,7 @@ class Continuation:
 
     index: int
     prompt_ids: Sequence[int]
+    sample: Sampler
     cached: int = 0  # tokens of the prompt that were shared, and not computed for it
     ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None  # None while it grows; whoever sets it ends it
@@ -129,19 +150,25 @@ class _Lane:
 
     continuation: Continuation
     cache: KVCache
-    sample: Sampler
     context: list[int]
     end: int  # of the context
 
-    def advance(self, logits: NDArray[np.float32], stop_ids: frozenset[int]) -> Continuation:
+    def advance(
+        self, model: Model, logits: NDArray[np.float32], stop_ids: frozenset[int]
+    ) -> Continuation:
         """Draws the next id, or finds the end."""
-        token = self.sample(logits, self.context)
+        sample = self.continuation.sample
+        token = sample(logits, self.context)
+        if token is None:
+            token = _draw_from_all(model, self.cache, sample, self.context)
         if token in stop_ids:
             self.continuation.finish_reason = "stop"
             return self.continuation
         self.context.append(token)
         self.continuation.ids.append(token)
-        if len(self.context) == self.end:
+        if sample.ended:
+            self.continuation.finish_reason = "stop"
+        elif len(self.context) == self.end:
             self.continuation.finish_reason = "length"
         return self.continuation
 
@@ -151,7 +178,7 @@ def generate_batch(
     cache: KVCache,
     prefix_ids: Sequence[int],
     prompts: Iterable[Sequence[int]],
-    sampling: Sampling,
+    sample: Sampler,
     stop_ids: frozenset[int],
     *,
     max_tokens: int | None = None,
@@ -159,7 +186,7 @@ def generate_batch(
 ) -> Iterator[Continuation]:
     """Goes on with up to `batch_size` prompts side by side, each weight read once for all of them.
 
-    The ids are those that `generate` makes of each prompt alone with `sampling.at(index)`; where
+    The ids are those that `generate` makes of each prompt alone with `sample.at(index)`; where
     there is AMX, up to roundings (runtime/matmul.py), as the prompt is then read in one piece.
     `cache` holds `prefix_ids`; each prompt starts from a copy, as far as it begins the same.
     Prompts are taken, in a thread of their own, when there is a place for them, so there may be
@@ -171,7 +198,6 @@ def generate_batch(
     the prompts before it are done.
     """
     from gemma_cli.runtime.model import MOST_ROWS  # noqa: PLC0415 (not with the command line)
-    from gemma_cli.sampling import Sampler  # noqa: PLC0415
 
     if not 1 <= batch_size <= MOST_ROWS:
         raise ValueError(f"the batch size must be between 1 and {MOST_ROWS}")
@@ -191,7 +217,7 @@ def generate_batch(
             if prompt_ids is None or isinstance(prompt_ids, Exception):
                 reading, failure = False, prompt_ids
                 break
-            continuation = Continuation(begun, prompt_ids)
+            continuation = Continuation(begun, prompt_ids, sample.at(begun))
             begun += 1
             try:
                 end = context_end(model, cache, prompt_ids, max_tokens)
@@ -206,17 +232,16 @@ def generate_batch(
                 continuation.finish_reason = "length"
                 yield continuation
                 continue
-            sample = Sampler(sampling.at(continuation.index))
-            lane = _Lane(continuation, own, sample, list(prompt_ids), end)
-            logits = model.forward(prompt_ids[own.length :], own, n_best=sampling.n_best)
-            yield lane.advance(logits, stop_ids)
+            lane = _Lane(continuation, own, list(prompt_ids), end)
+            logits = model.forward(prompt_ids[own.length :], own, n_best=sample.n_best)
+            yield lane.advance(model, logits, stop_ids)
             if not continuation.finish_reason:
                 lanes.append(lane)
         if lanes:
             last, caches = [lane.context[-1] for lane in lanes], [lane.cache for lane in lanes]
-            rows = model.decode(last, caches, n_best=sampling.n_best)
+            rows = model.decode(last, caches, n_best=sample.n_best)
             for lane, row in zip(lanes, rows, strict=True):
-                yield lane.advance(row, stop_ids)
+                yield lane.advance(model, row, stop_ids)
             lanes = [lane for lane in lanes if not lane.continuation.finish_reason]
     if failure:
         raise failure

@@ -4,17 +4,27 @@ The order is Hugging Face's: the temperature acts before top-p and min-p, so a h
 more tokens. (llama.cpp applies it last. Top-k is the same before or after it.)
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantize.errors import GemmaError
 
+if TYPE_CHECKING:
+    from gemma_cli.constraint import Constraint
+
 REPEAT_WINDOW = 64  # tokens that the repeat penalty looks back on, as in llama.cpp
 BLOCK = 256  # logits for each maximum in the search for the largest ones
+
+LIKELIEST = 64
+"""Ids that a constraint leaves some of, if top-k is not more: with Gemma's own top-k, those that
+would be drawn from without it. Where it leaves none it chooses from all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +68,103 @@ class Sampling:
             return 0
         return kept if self.repeat_penalty == 1 else kept + REPEAT_WINDOW
 
-    def at(self, index: int) -> "Sampling":
+    def at(self, index: int) -> Sampling:
         """The same with a seed of its own, `seed + index`, for one of several prompts."""
         return self if self.seed is None else replace(self, seed=self.seed + index)
 
 
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """An id's natural log of the probability that the model itself gives it, before anything of
+    `Sampling` and before a constraint; and those of the likeliest ids, in falling order."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 class Sampler:
-    """Draws one id after the other; the same seed and the same logits give the same ids."""
+    """Draws one id after the other; the same seed and the same logits give the same ids.
 
-    def __init__(self, sampling: Sampling) -> None:
+    With a constraint, it draws from what that allows of the LIKELIEST ids, or of the top-k ones if
+    those are more, or of all if it allows none of those. With `n_top`, it keeps the `logprobs` of
+    each id drawn, and of the n_top likeliest there.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        constraint: Constraint | None = None,
+        n_top: int | None = None,
+    ) -> None:
         self.sampling = sampling
+        self.constraint = constraint
+        self.n_top = n_top
+        self.logprobs: list[Logprobs] = []
         self._random = np.random.default_rng(sampling.seed)
+        n_best = sampling.n_best
+        self._likeliest = max(n_best, LIKELIEST) if constraint and n_best else n_best
 
-    def __call__(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
+    def at(self, index: int) -> Sampler:
+        """One for one of several prompts, with a seed of its own."""
+        constraint = self.constraint.copy() if self.constraint else None
+        return Sampler(self.sampling.at(index), constraint, self.n_top)
+
+    @property
+    def n_best(self) -> int:
+        """How many of the largest logits it takes to draw; 0 for all."""
+        return self._likeliest if self.n_top is None else 0
+
+    @property
+    def forced(self) -> Sequence[int]:
+        """The ids that will be drawn next, whatever the logits are."""
+        return self.constraint.forced if self.constraint else ()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the constraint lets nothing more come."""
+        return self.constraint is not None and self.constraint.ended
+
+    def __call__(
+        self, logits: NDArray[np.float32], history: Sequence[int], *, all_there: bool = False
+    ) -> int | None:
         """The next id after the history's ids; the logits are (vocab_size,).
 
-        Takes one random number, or none if it is greedy. Raises `GemmaError` if the largest logit
-        is not a finite number.
+        None if the constraint allows none of the n_best ids: to be called again with the logits of
+        all. Takes one random number, or none if it is greedy. Raises `GemmaError` if the largest
+        logit is not a finite number.
         """
+        if self.constraint is None:
+            token = self._draw(logits, history)
+        elif self.forced:
+            token = self.forced[0]
+        else:
+            masked = self._masked(logits, self.constraint.allowed(), all_there)
+            if masked is None:
+                return None
+            token = self._draw(masked, history)
+        if self.constraint:
+            self.constraint.accept(token)
+        if self.n_top is not None:
+            self.logprobs.append(logprobs(logits, token, self.n_top))
+        return token
+
+    def _masked(
+        self, logits: NDArray[np.float32], allowed: NDArray[np.bool_], all_there: bool
+    ) -> NDArray[np.float32] | None:
+        """The logits of the ids to draw from, -inf for the others."""
+        if self._likeliest:
+            best = largest(logits, self._likeliest)
+            best = best[allowed[best]]
+            if best.size:
+                masked = np.full_like(logits, -np.inf)
+                masked[best] = logits[best]
+                return masked
+            if not (all_there or self.n_best == 0):
+                return None
+        return np.where(allowed, logits, np.float32(-np.inf))
+
+    def _draw(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
         sampling = self.sampling
         if sampling.repeat_penalty != 1:
             logits = penalize(logits, history[-REPEAT_WINDOW:], sampling.repeat_penalty)
@@ -89,6 +178,16 @@ class Sampler:
         point = self._random.random() * cumulative[-1]
         drawn = int(np.searchsorted(cumulative, point, side="right"))
         return int(ids[min(drawn, len(ids) - 1)])
+
+
+def logprobs(logits: NDArray[np.float32], token: int, n_top: int) -> Logprobs:
+    """Those of an id and of the n_top likeliest; the logits are (vocab_size,), all of them."""
+    peak = float(logits.max())
+    total = peak + math.log(np.exp(logits - peak, dtype=np.float64).sum())
+    ids = largest(logits, n_top).tolist() if n_top else []
+    return Logprobs(
+        token, float(logits[token]) - total, [(i, float(logits[i]) - total) for i in ids]
+    )
 
 
 def penalize(

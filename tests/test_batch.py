@@ -47,7 +47,7 @@ def together(
     **options: Any,
 ) -> Iterator[Continuation]:
     """The continuations as they end."""
-    for c in generate_batch(model, cache, prefix, prompts, sampling, STOP, **options):
+    for c in generate_batch(model, cache, prefix, prompts, Sampler(sampling), STOP, **options):
         if c.finish_reason or c.error:
             yield c
 
@@ -107,8 +107,9 @@ def test_places_are_filled_at_once() -> None:
             yield [2, 3]
         n_asked += 1
 
+    sample = Sampler(GREEDY)
     for c in generate_batch(
-        cast(Any, model), cast(Any, Cache()), [], prompts(), GREEDY, frozenset(), batch_size=3
+        cast(Any, model), cast(Any, Cache()), [], prompts(), sample, frozenset(), batch_size=3
     ):
         if len(c.ids) == lengths[c.index]:
             c.finish_reason = "stop"
@@ -125,7 +126,7 @@ def test_prompts_are_taken_when_they_are_needed() -> None:
     taken = count()
     endless = ([2, 3 + next(taken) % 2] for _ in count())
     batch = generate_batch(
-        cast(Any, Markov(0)), cast(Any, Cache(100_000)), [], endless, GREEDY, frozenset()
+        cast(Any, Markov(0)), cast(Any, Cache(100_000)), [], endless, Sampler(GREEDY), frozenset()
     )
     for c in batch:
         if c.index and c.ids:
@@ -216,7 +217,7 @@ def test_answers_come_in_order(seed: int, asked: list[list[int]], stops: list[st
             cast(Any, Cache(10)),
             [],
             asked,
-            sampling,
+            Sampler(sampling),
             stops=stops,
             batch_size=3,
         )

@@ -12,8 +12,9 @@ from quantize.errors import GemmaError
 
 if TYPE_CHECKING:
     from gemma_cli.answer import Answer
+    from gemma_cli.cli.loading import Loaded
     from gemma_cli.runtime import Model
-    from gemma_cli.sampling import Sampling
+    from gemma_cli.sampling import Sampler, Sampling
     from quantize.modelfile import ModelFile
 
 RAW_TOKENS = 256  # a base model rarely ends by itself
@@ -36,6 +37,30 @@ def make_sampling(file: ModelFile, given: Mapping[str, Any]) -> Sampling:
         ) from None
 
 
+def make_sampler(
+    loaded: Loaded, sampling: Sampling, grammar: str | None, n_top: int | None
+) -> Sampler:
+    """One that keeps to the grammar, if there is one, and keeps the logprobs, if n_top says so."""
+    from gemma_cli.sampling import Sampler
+    from gemma_cli.text.chat import stop_ids
+
+    if grammar is None:
+        return Sampler(sampling, n_top=n_top)
+    from gemma_cli.constraint import Constraint, Vocabulary
+
+    ends = stop_ids(loaded.tokenizer)
+    vocabulary = Vocabulary(loaded.tokenizer, loaded.file.config.vocab_size, ends)
+    return Sampler(sampling, Constraint(vocabulary, grammar), n_top)
+
+
+def cut_off(answer: Answer) -> str:
+    """What to say of an answer that has not got the form asked for."""
+    return (
+        f"The answer was cut off after {len(answer.ids)} tokens, before it had the form asked for: "
+        "raise -n/--max-tokens or -c/--context, or ask for less."
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """How answers are printed."""
@@ -45,17 +70,20 @@ class Form:
     stats: bool
     newline: bool  # after an answer; it is not the model's
     write: Callable[[str], None] = output.write  # for text
+    whole: bool = False  # no text but that of an answer that has the form asked for
 
     def piece(self, text: str) -> None:
         if self.ndjson:
             output.write_json({"token": text})
-        elif not self.json:
+        elif not self.json and not self.whole:
             self.write(text)
 
     def end(self, answer: Answer, load_s: float) -> None:
         """Prints what comes after the pieces."""
         if self.json or self.ndjson:
             output.write_json(as_json(answer, load_s))
+        elif self.whole and answer.has_form:
+            self.write(answer.text)
         elif self.newline:
             output.write("\n")
         if self.stats:
@@ -68,12 +96,14 @@ class Form:
 
 
 def as_json(answer: Answer, load_s: float) -> dict[str, object]:
+    logprobs = {} if answer.logprobs is None else {"logprobs": answer.logprobs}
     return {
         "text": answer.text,
         "ids": answer.ids,
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": len(answer.ids),
         "finish_reason": answer.finish_reason,
+        **logprobs,
         "stats": {
             "load_s": load_s,
             "prefill_s": answer.prefill_s,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 
 from gemma_cli.cli import output
-from gemma_cli.cli.options import KV
+from gemma_cli.cli.options import KV, Cut
 from gemma_cli.models import find_model
 from quantize.errors import GemmaError
 
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 DEFAULT_CONTEXT = 4096
 ROOM_FOR_ANSWER = 1024  # beyond a prompt that makes the context longer than its default
+CUT_MARK = "\n[...]\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,32 @@ def prompt_text(prompt: str | None, *texts: str) -> str:
     them; a last newline of a text does not count."""
     stripped = (text.removesuffix("\n").removesuffix("\r") for text in texts)
     return "\n\n".join(part for part in (prompt, *stripped) if part)
+
+
+def fit(
+    tokenizer: Tokenizer, make_ids: Callable[[str], list[int]], text: str, most: int, cut: Cut
+) -> tuple[list[int], int]:
+    """The ids of a prompt with a text in it, cut to at most `most`, and how many tokens of the text
+    are not in them. Where it is cut stands CUT_MARK. What is around the text is not cut, so they
+    may be more."""
+    ids = make_ids(text)
+    if len(ids) <= most:
+        return ids, 0
+    tokens = tokenizer.encode(text)
+    kept, over = len(tokens), len(ids) - most
+    while over > 0 and kept > 0:  # what is cut can take more tokens than before
+        kept = max(0, kept - over)
+        first = {Cut.HEAD: 0, Cut.MIDDLE: (kept + 1) // 2, Cut.TAIL: kept}[cut]
+        head, tail = tokens[:first], tokens[len(tokens) - (kept - first) :]
+        ids = make_ids(tokenizer.decode(head) + CUT_MARK + tokenizer.decode(tail))
+        over = len(ids) - most
+    return ids, len(tokens) - kept
+
+
+def room_for_prompt(file: ModelFile, asked: int | None, max_tokens: int | None) -> int:
+    """The most tokens that a prompt may have so that there is room for the answer."""
+    context = file.config.context_length if asked is None else context_size(file, asked)
+    return context - (min(ROOM_FOR_ANSWER, context // 4) if max_tokens is None else max_tokens)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, system: str | None, chat: bool) -> list[int]:

@@ -29,12 +29,18 @@ def map_lines(
     repeat_penalty: options.RepeatPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    json_schema: options.JsonSchema = None,
+    schema: options.Schema = None,
+    regex: options.Regex = None,
+    choice: options.Choice = None,
     context: options.Context = None,
+    truncate: options.Truncate = None,
     batch: options.Batch = BATCH_SIZE,
     kv: options.KVFormat = options.KV.F16,
     threads: options.Threads = None,
     stats: options.Stats = False,
     ndjson: options.JsonLines = False,
+    logprobs: options.Logprobs = None,
 ) -> None:
     """Print one answer for each line of standard input, in order.
 
@@ -47,12 +53,15 @@ def map_lines(
 
     gemma-cli map "Translate into French:" < words.txt > mots.txt
 
-    tail -f app.log | gemma-cli map "Is this an error? Yes or no." -n 3
+    tail -f app.log | gemma-cli map "Is this an error? yes or no" --choice yes --choice no
     """
     from gemma_cli.answer import respond_batch
 
     started = perf_counter()
     files = loading.read_files(file or [])
+    if logprobs is not None and not ndjson:
+        raise typer.BadParameter("Give --ndjson, too.", param_hint="--logprobs")
+    grammar = options.grammar(json_schema, schema, regex, choice, stop)
     given = options.given(
         temperature=temperature,
         top_k=top_k,
@@ -67,12 +76,12 @@ def map_lines(
     if max_tokens is None and not chatting:
         max_tokens = answering.RAW_TOKENS
 
-    def prompt_ids(line: str) -> list[int]:
+    def make_ids(line: str) -> list[int]:
         text = loading.prompt_text(prompt, *files, line)
         return loading.prompt_ids(loaded.tokenizer, text, system, chatting)
 
     # Lines that could hardly be more different; what a line does not share is computed for it.
-    one, other = prompt_ids("a"), prompt_ids("0")
+    one, other = make_ids("a"), make_ids("0")
     prefix_ids = one[: n_common(one, other)]
     room = loading.ROOM_FOR_ANSWER if max_tokens is None else max_tokens
     size = loading.context_size(loaded.file, context, len(prefix_ids) + room)
@@ -80,6 +89,7 @@ def map_lines(
     context_end(loaded.model, cache, prefix_ids, max_tokens)  # raises if it is too long for all
     with answering.reading(loaded.model, len(prefix_ids)) as progress:
         loaded.model.forward(prefix_ids, cache, n_best=1, progress=progress)
+    most = loading.room_for_prompt(loaded.file, size, max_tokens)
     lines: deque[str] = deque()  # read, and not answered yet
 
     def prompts() -> Iterator[list[int]]:
@@ -87,7 +97,10 @@ def map_lines(
             lines.append(
                 raw.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
             )
-            yield prompt_ids(lines[-1])
+            if truncate is None:
+                yield make_ids(lines[-1])
+            else:
+                yield loading.fit(loaded.tokenizer, make_ids, lines[-1], most, truncate)[0]
 
     load_s = perf_counter() - started
     n_failed = n_read = n_made = 0
@@ -97,7 +110,7 @@ def map_lines(
         cache,
         prefix_ids,
         prompts(),
-        sampling,
+        answering.make_sampler(loaded, sampling, grammar, logprobs),
         stops=stop or [],
         max_tokens=max_tokens,
         batch_size=batch,
@@ -105,16 +118,22 @@ def map_lines(
     index = -1
     for index, answer in enumerate(answers):
         about = {"index": index, "input": lines.popleft()}
+        error = None
         if isinstance(answer, PromptTooLong):
+            error = str(answer)
+        else:
+            n_read += answer.prefilled
+            n_made += len(answer.ids)
+            if not answer.has_form:
+                error = answering.cut_off(answer)
+        if error or isinstance(answer, PromptTooLong):
             n_failed += 1
             if ndjson:
-                output.write_json(about | {"error": str(answer)})
+                output.write_json(about | {"error": error})
             else:
                 output.write("\n")
-                output.note(f"gemma-cli: Line {index + 1}: {answer}")
+                output.note(f"gemma-cli: Line {index + 1}: {error}")
             continue
-        n_read += answer.prefilled
-        n_made += len(answer.ids)
         if ndjson:
             # No line but the first had to wait for the loading.
             output.write_json(about | answering.as_json(answer, 0.0 if index else load_s))

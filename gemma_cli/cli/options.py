@@ -1,12 +1,14 @@
 """Options that several commands share, each declared once."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from quantize.errors import GemmaError
 
 
 class KV(StrEnum):
@@ -14,6 +16,14 @@ class KV(StrEnum):
 
     F16 = "f16"
     INT8 = "int8"
+
+
+class Cut(StrEnum):
+    """Where a prompt that does not fit is cut."""
+
+    HEAD = "head"
+    MIDDLE = "middle"
+    TAIL = "tail"
 
 
 def one_of(*choices: int) -> Callable[[int], int]:
@@ -167,6 +177,49 @@ Stop = Annotated[
         show_default=False,
     ),
 ]
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|TEXT",
+        help="Answer in JSON, on one line, as this JSON Schema says.",
+        show_default=False,
+    ),
+]
+Schema = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="The short form: answer with a JSON object of these properties, for example "
+        "'name, age int'. Types: str (if none is said), int, float, bool.",
+        show_default=False,
+    ),
+]
+Regex = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RE",
+        help="Answer with a text that matches this regular expression as a whole.",
+        show_default=False,
+    ),
+]
+Choice = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Answer with this text, or with that of another --choice. Repeatable.",
+        show_default=False,
+    ),
+]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=100,
+        metavar="N",
+        help="In JSON: each token's logarithm of its probability, and those of the N likeliest.",
+        show_default=False,
+    ),
+]
 Draft = Annotated[
     bool,
     typer.Option(
@@ -188,6 +241,14 @@ Context = Annotated[
         metavar="N",
         help="Tokens that prompt and answer may have. Default: 4096, more for a longer prompt, "
         "as far as the model goes.",
+        show_default=False,
+    ),
+]
+Truncate = Annotated[
+    Cut | None,
+    typer.Option(
+        help="Cut a text that does not fit the context there, rather than fail: files and standard "
+        "input (for `map` the line), or PROMPT if there is nothing else.",
         show_default=False,
     ),
 ]
@@ -229,3 +290,55 @@ def given(**values: float | None) -> dict[str, Any]:
     except ValueError as error:
         raise typer.BadParameter(f"{error}.") from None
     return chosen
+
+
+def grammar(
+    json_schema: str | None,
+    schema: str | None,
+    regex: str | None,
+    choices: Sequence[str] | None,
+    stops: Sequence[str] | None,
+) -> str | None:
+    """The grammar of the answer's form, or None for any text.
+
+    Raises a usage error, or GemmaError for a file that cannot be read or used.
+    """
+    forms = {
+        "--json-schema": json_schema,
+        "--schema": schema,
+        "--regex": regex,
+        "--choice": choices,
+    }
+    asked = [name for name, value in forms.items() if value is not None and value != []]
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise typer.BadParameter("An answer has one form.", param_hint=" and ".join(asked))
+    if stops:
+        raise typer.BadParameter(f"{asked[0]} says where the answer ends.", param_hint="--stop")
+    from gemma_cli import constraint
+
+    try:
+        if schema is not None:
+            return constraint.json_grammar(constraint.short_schema(schema))
+        if regex is not None:
+            return constraint.regex_grammar(regex)
+        if choices:
+            return constraint.choice_grammar(choices)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}.", param_hint=asked[0]) from None
+    assert json_schema is not None
+    text, where = json_schema, None
+    if not text.lstrip().startswith("{"):
+        where = Path(text)
+        try:
+            text = where.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise GemmaError(f"{where} cannot be read: {reason}.") from None
+    try:
+        return constraint.json_grammar(text)
+    except ValueError as error:
+        if where is None:
+            raise typer.BadParameter(f"{error}.", param_hint=asked[0]) from None
+        raise GemmaError(f"{where} is no JSON Schema that can be kept to: {error}.") from None

@@ -20,6 +20,7 @@ def tokenize(
         ),
     ] = False,
     system: options.System = None,
+    count: Annotated[bool, typer.Option("--count", help="Only how many there are.")] = False,
     json: options.Json = False,
 ) -> None:
     """Show the ids and pieces of a text, one to a line; BOS comes with --chat only."""
@@ -34,6 +35,12 @@ def tokenize(
         raise typer.BadParameter("A system text needs --chat.", param_hint="--system")
     tokenizer = loading.load_tokenizer(loading.open_model(model))
     ids = loading.prompt_ids(tokenizer, text, system, chat=True) if chat else tokenizer.encode(text)
+    if count:
+        if json:
+            output.write_json({"count": len(ids)})
+        else:
+            output.write(f"{len(ids)}\n")
+        return
     pieces = [tokenizer.piece(token) for token in ids]
     if json:
         output.write_json({"ids": ids, "pieces": pieces})
