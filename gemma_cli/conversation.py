@@ -49,6 +49,11 @@ class Conversation:
         """Tokens of the context so far, with what is around the turns."""
         return sum(map(len, self.parts))
 
+    def count(self, turns: Sequence[Turn]) -> list[int]:
+        """The tokens of each turn, if these were the context's."""
+        system, _ = self.session.context
+        return [len(part) for part in turn_ids(self.tokenizer, turns, system, self.format)]
+
     def prompt_ids(self) -> list[int]:
         return list(chain.from_iterable(self.parts))
 

@@ -1,17 +1,22 @@
 """The commands of a chat, on a small random model."""
 
+import io
 import json
 import re
 from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
-from gemma_cli.cli import terminal
+from gemma_cli.cli import output, terminal
 from gemma_cli.cli.answering import Form
 from gemma_cli.cli.chat import send
 from gemma_cli.cli.chat_commands import COMMANDS, SETTINGS, is_command, obey
+from gemma_cli.cli.prompt import LinePrompt, ScreenPrompt
 from gemma_cli.cli.talk import Talk
 from gemma_cli.session import Session, new_path
 from gemma_cli.text.chat import Turn
@@ -32,7 +37,6 @@ def talk(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Talk:
         threads=None,
         markdown=False,
         form=Form(False, False, False, newline=False, write=lambda text: None),
-        interactive=False,
     )
     talk.session.set({"temperature": 0.0, "max_tokens": 5})
     return talk
@@ -294,3 +298,120 @@ def test_values_of_commands(talk: Talk, say: Say) -> None:
     assert values("/load", "") == ["first"]
     assert values("/model", "") == ["base", "chat"]
     assert COMMANDS["/file"].values is None
+
+
+# The context is nearly full
+
+
+class Chooser:
+    """Chooses what it was told to, and remembers what there was to choose from."""
+
+    def __init__(self, talk: Talk, keys: str) -> None:
+        self.keys = list(keys)
+        self.asked: list[Mapping[str, str]] = []
+        talk.context = 400
+        talk.choose = self
+
+    def __call__(self, choices: Mapping[str, str]) -> str:
+        self.asked.append(choices)
+        return self.keys.pop(0)
+
+
+def fill(talk: Talk, say: Say, left: int = 5) -> None:
+    """Says something as long as there are so many tokens left for the answer."""
+    conversation = talk.ready()
+    while True:
+        turns = [*talk.session.turns, Turn("user", "the man")]
+        if sum(conversation.count(turns)) + left > conversation.cache.capacity:
+            return
+        say("the man")
+
+
+def test_the_oldest_turns_are_dropped(talk: Talk, say: Say) -> None:
+    chooser = Chooser(talk, "d")
+    fill(talk, say)
+    turns = list(talk.session.turns)
+    shown = say("ten hens")
+    assert "The context holds 400 tokens" in shown
+    assert list(chooser.asked[0])[:3] == ["d", "s", "l"]
+    session = talk.session
+    assert session.turns[: len(turns)] == turns
+    assert texts(talk)[-1] == "ten hens"
+    assert session.n_left > 0
+    assert session.turns[session.n_left].role == "user"
+    assert talk.answer
+    assert talk.answer.prompt_tokens <= 200
+    assert (reopened(talk).n_left, reopened(talk).turns) == (session.n_left, session.turns)
+    assert f"The first {session.n_left} turns have left the context" in say("/tokens")
+
+
+def test_the_oldest_turns_are_summarised(talk: Talk, say: Say) -> None:
+    Chooser(talk, "s")
+    fill(talk, say)
+    shown = say("ten hens")
+    summary = talk.session.summary
+    assert summary
+    assert output.clean(f"In short: {summary}") in shown
+    system, turns = talk.session.context
+    assert system
+    assert summary in system
+    assert turns[-2].text == "ten hens"
+    assert reopened(talk).summary == summary
+
+
+def test_a_larger_context(talk: Talk, say: Say) -> None:
+    Chooser(talk, "l")
+    fill(talk, say)
+    say("ten hens")
+    assert talk.ready().cache.capacity == 800
+    assert talk.session.n_left == 0
+    assert talk.answer
+    assert talk.answer.prefilled < talk.answer.prompt_tokens / 2  # the rest was kept
+
+
+def test_an_answer_in_what_is_left(talk: Talk, say: Say) -> None:
+    chooser = Chooser(talk, "an")
+    fill(talk, say, left=40)
+    say("/set max-tokens 100")
+    shown = say("the man")
+    assert list(chooser.asked[0]) == ["d", "s", "l", "a", "n"]
+    assert "The context is full, and the answer ends there" in shown
+    assert talk.answer
+    assert talk.answer.finish_reason == "length"
+    turns = list(talk.session.turns)
+    say("/continue")  # there is no room to answer in, now
+    assert list(chooser.asked[1]) == ["d", "s", "l", "n"]
+    assert talk.session.turns == turns
+
+
+def test_nothing_now(talk: Talk, say: Say) -> None:
+    Chooser(talk, "nnd")
+    fill(talk, say)
+    turns = list(talk.session.turns)
+    assert send(talk, "ten hens", instead=False) == "ten hens"
+    assert send(talk, "ten hens " * 40, instead=True) == "ten hens " * 40
+    assert talk.session.turns == turns
+    say("ten hens")
+
+
+def test_a_message_that_is_too_long(talk: Talk, say: Say) -> None:
+    chooser = Chooser(talk, "nl")
+    text = "the man met ten men " * 40
+    assert send(talk, text, instead=False) == text
+    assert list(chooser.asked[0]) == ["l", "n"]
+    say(text)
+    assert texts(talk) == [text]
+
+
+def test_choosing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    choices = {"d": "drop", "n": "nothing"}
+    screen = io.StringIO()
+    for typed, key in (("d\n", "d"), ("x\n\nDrop\n", "d"), ("", "n")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        assert LinePrompt(screen).choose(choices) == key
+    assert "d  drop" in capsys.readouterr().err
+    for typed, key in (("d", "d"), ("xn", "n"), ("\x03", "n"), ("\x04", "n")):
+        with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+            keys.send_text(typed)
+            prompt = ScreenPrompt({}, lambda: "", None, screen)
+            assert prompt.choose(choices) == key

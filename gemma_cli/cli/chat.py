@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gemma_cli.cli import answering, options, output, terminal
-from gemma_cli.cli.talk import Talk
+from gemma_cli.cli.talk import NotNow, Talk
 from gemma_cli.generation import PromptTooLong
 from gemma_cli.models import find_model, state_folder
 from gemma_cli.session import Session, list_sessions, new_path, session_path
@@ -81,7 +81,6 @@ def chat(
         threads=threads,
         markdown=not (plain or json or ndjson) and terminal.shows_more_than_lines(),
         form=answering.Form(json, ndjson, stats, newline=True),
-        interactive=sys.stdin.isatty(),
     )
     if system is not None:
         kept.instruct(system or None)
@@ -89,7 +88,7 @@ def chat(
     given = sampling | {name: value for name, value in others.items() if value is not None}
     kept.set(kept.settings | given)
     try:
-        if talk.interactive:
+        if sys.stdin.isatty():
             converse(talk, None if no_save else state_folder() / "history")
             return
         for line in piped_lines():
@@ -124,6 +123,7 @@ def converse(talk: Talk, history: Path | None) -> None:
 
         commands = {name: (command.about, command.values) for name, command in COMMANDS.items()}
         prompt = open_prompt(commands, talk.status, history)
+        talk.choose = prompt.choose
         output.note("/help shows the commands; Ctrl-D leaves.")
         unsent, edited = "", False
         while True:
@@ -148,7 +148,7 @@ def send(talk: Talk, text: str, *, instead: bool) -> str:
     files = [f"{name}:\n{content}" for name, content in talk.files.items()]
     try:
         answer = talk.say("\n\n".join([*files, text]), instead=instead)
-    except KeyboardInterrupt:  # while the model was loading
+    except (KeyboardInterrupt, NotNow):  # while the model was loading; or there is no room
         return text
     except PromptTooLong as error:
         output.note(f"{error} Your message is in the prompt again.")

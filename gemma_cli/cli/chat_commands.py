@@ -13,7 +13,7 @@ import typer
 
 from gemma_cli.cli import answering, loading, options, output, sessions, terminal
 from gemma_cli.cli.prompt import Values
-from gemma_cli.cli.talk import Talk
+from gemma_cli.cli.talk import NotNow, Talk
 from gemma_cli.models import find_model, list_models
 from gemma_cli.session import Session, find_session, last_message, list_sessions, new_path
 from quantize.errors import GemmaError
@@ -46,6 +46,8 @@ def obey(talk: Talk, line: str) -> str:
         if not command:
             raise GemmaError(f"There is no command {name}. {_did_you_mean(name, COMMANDS)}")
         return command.run(talk, argument.strip()) or ""
+    except NotNow:
+        pass
     except GemmaError as error:
         output.note(str(error))
     except typer.BadParameter as error:

@@ -114,6 +114,23 @@ class LinePrompt:
     def _typed(self) -> str:
         return ""
 
+    def choose(self, choices: Mapping[str, str]) -> str:
+        """Asks which it is to be, by its key; the last one, if someone gives up."""
+        for key, about in choices.items():
+            output.note(f"  {key}  {about}")
+        *others, last = choices
+        question = f"{', '.join(others)} or {last}? " if others else f"{last}? "
+        while True:
+            try:
+                key = self._read_key(question, choices)
+            except (EOFError, KeyboardInterrupt):
+                return last
+            if key in choices:
+                return key
+
+    def _read_key(self, question: str, keys: Iterable[str]) -> str:
+        return self._read_line(question).strip()[:1].lower()
+
 
 class ScreenPrompt(LinePrompt):
     """Asks with all that a terminal can show."""
@@ -159,6 +176,20 @@ class ScreenPrompt(LinePrompt):
 
     def _typed(self) -> str:
         return self._session.default_buffer.text
+
+    def _read_key(self, question: str, keys: Iterable[str]) -> str:
+        bindings = KeyBindings()
+        for key in keys:
+
+            @bindings.add(key)
+            def _chosen(event: KeyPressEvent) -> None:
+                event.current_buffer.text = event.data
+                event.app.exit(result=event.data)
+
+        session: PromptSession[str] = PromptSession(
+            question, key_bindings=bindings, output=self._session.output
+        )
+        return session.prompt()
 
 
 def _key_bindings() -> KeyBindings:

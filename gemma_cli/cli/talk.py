@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from gemma_cli.text.chat import Format
     from quantize.modelfile import ModelFile
 
-ROOM = 512  # tokens that an answer should find in the context, at most an eighth of it
+
+class NotNow(Exception):  # noqa: N818 (what was chosen)
+    """There is no room for an answer, and who was asked about it wants none now."""
 
 
 @dataclass
@@ -44,7 +46,8 @@ class Talk:
     threads: int | None
     markdown: bool
     form: answering.Form
-    interactive: bool
+    choose: Callable[[Mapping[str, str]], str] | None = None
+    """Asks someone at the terminal; the keys are what is typed."""
     answer: Answer | None = None  # the last one
     files: dict[str, str] = field(default_factory=dict)
     _conversation: Conversation | None = None
@@ -83,7 +86,7 @@ class Talk:
         if self._conversation:
             return self._conversation
         future = self.begin()
-        if future.done() or not self.interactive:
+        if future.done() or not self.choose:
             loaded = future.result()
         else:
             with output.waiting(f"{self._doing.capitalize()} ..."):
@@ -98,7 +101,7 @@ class Talk:
             self.session, loaded.model, loaded.tokenizer, cache, layout
         )
         self._join(loaded)
-        if self.interactive and self.session.turns and not self.answer:
+        if self.choose and self.session.turns and not self.answer:
             self.show_last()
         self._load_s = perf_counter() - self._started
         return self._conversation
@@ -153,6 +156,23 @@ class Talk:
             self.path, self._conversation, self._loading = before
             raise
 
+    def longer_context(self) -> tuple[int, int] | None:
+        """The tokens and the bytes of a context of twice the size, if the model takes more."""
+        conversation = self.ready()
+        cache, longest = conversation.cache, self.file.config.context_length
+        size = min(2 * cache.capacity, longest)
+        if size == cache.capacity:
+            return None
+        return size, conversation.model.new_cache(size, cache.kind).nbytes
+
+    def lengthen_context(self) -> None:
+        conversation, longer = self.ready(), self.longer_context()
+        assert longer
+        cache = conversation.model.new_cache(longer[0], self.kv)
+        if conversation.cache.length:
+            cache.restore(conversation.cache.state())
+        conversation.cache, self.context = cache, longer[0]
+
     # The conversation
 
     def change_session(self, session: Session) -> None:
@@ -177,11 +197,12 @@ class Talk:
     def say(self, text: str, *, instead: bool = False) -> Answer:
         """Answers a message and prints the answer; `instead` of the last message.
 
-        If there is no answer, the session stays as it was.
+        If there is no answer, the session stays as it was. Raises NotNow, as the others do.
         """
         conversation, session = self.ready(), self.session
         n = last_message(session)[0] if instead else len(session.turns)
         before = session.turns[n:]
+        self._need_room([*session.turns[:n], Turn("user", text)])
         with terminal.interruptible() as check:
             session.keep(n)
             session.add(Turn("user", text))
@@ -197,6 +218,7 @@ class Talk:
         """Answers the last message again; the answer that it had comes back if it gets none."""
         conversation = self.ready()
         last = self.session.turns[-1]
+        self._need_room(self.session.turns[: len(self.session.turns) - (last.role == "model")])
         with terminal.interruptible() as check:
             if last.role == "model":
                 self.session.keep(len(self.session.turns) - 1)
@@ -209,8 +231,15 @@ class Talk:
     def go_on(self) -> Answer:
         """Goes on with the last answer."""
         conversation = self.ready()
+        self._need_room(self.session.turns)
         with terminal.interruptible() as check:
             return self._answer(conversation, check)
+
+    def _need_room(self, turns: Sequence[Turn]) -> None:
+        from gemma_cli.cli.room import have_room
+
+        if self.choose and not have_room(self, turns):
+            raise NotNow
 
     def _answer(self, conversation: Conversation, check: Callable[[], None]) -> Answer:
         settings, form = self.session.settings, self.form
@@ -242,6 +271,8 @@ class Talk:
         form.end(answer, self._load_s)
         self._load_s = 0.0  # the next answer waits for no loading
         self.answer = answer
+        if answer.finish_reason == "length" and conversation.n_tokens > conversation.cache.capacity:
+            output.note("The context is full, and the answer ends there: /continue makes room.")
         if self.session.failure and not self._told:
             self._told = str(self.session.failure.strerror)
             output.note(f"The session cannot be kept: {self._told}.")
