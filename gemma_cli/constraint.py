@@ -108,7 +108,7 @@ def _checked(grammar: str) -> str:
 def _one_line(message: str) -> str:
     """A parser's message without the places and excerpts around it."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    said = lines[-1] if "regex parse error" in lines[0] else lines[0]
+    said = next((line for line in lines if line.startswith("error: ")), lines[0])
     return re.sub(r"^(at \d+\(\d+\)|error): ", "", said).rstrip(".")
 
 

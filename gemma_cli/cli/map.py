@@ -76,8 +76,10 @@ def map_lines(
     if max_tokens is None and not chatting:
         max_tokens = answering.RAW_TOKENS
 
+    before = loading.prompt_text(prompt, *files)
+
     def make_ids(line: str) -> list[int]:
-        text = loading.prompt_text(prompt, *files, line)
+        text = "\n\n".join(part for part in (before, line) if part)
         return loading.prompt_ids(loaded.tokenizer, text, system, chatting)
 
     # Lines that could hardly be more different; what a line does not share is computed for it.
@@ -93,14 +95,18 @@ def map_lines(
     lines: deque[str] = deque()  # read, and not answered yet
 
     def prompts() -> Iterator[list[int]]:
-        for raw in sys.stdin.buffer:  # text would take a lone \r for the end of a line
-            lines.append(
-                raw.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
-            )
+        # Text would take a lone \r for the end of a line.
+        for number, raw in enumerate(sys.stdin.buffer, 1):
+            line = raw.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+            lines.append(line)
             if truncate is None:
-                yield make_ids(lines[-1])
-            else:
-                yield loading.fit(loaded.tokenizer, make_ids, lines[-1], most, truncate)[0]
+                yield make_ids(line)
+                continue
+            ids, n_cut = loading.fit(loaded.tokenizer, make_ids, line, most, truncate)
+            if n_cut:
+                where = f"Line {number}: tokens left out of the {truncate.value}"
+                output.note(f"gemma-cli: {where}: {n_cut}.")
+            yield ids
 
     load_s = perf_counter() - started
     n_failed = n_read = n_made = 0

@@ -247,8 +247,8 @@ Context = Annotated[
 Truncate = Annotated[
     Cut | None,
     typer.Option(
-        help="Cut a text that does not fit the context there, rather than fail: files and standard "
-        "input (for `map` the line), or PROMPT if there is nothing else.",
+        help="If a prompt leaves the answer no room in the context, cut its text there rather "
+        "than fail: files and standard input (for `map` the line), or PROMPT if that is all.",
         show_default=False,
     ),
 ]

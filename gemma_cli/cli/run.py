@@ -61,7 +61,7 @@ def run(
     """
     started = perf_counter()
     files = loading.read_files(file or [])
-    text = loading.prompt_text(*files, "" if sys.stdin.isatty() else sys.stdin.read())
+    text = loading.prompt_text(None, *files, "" if sys.stdin.isatty() else sys.stdin.read())
     if not text:
         prompt, text = None, prompt or ""
     if not text:
@@ -98,7 +98,7 @@ def run(
         most = loading.room_for_prompt(loaded.file, context, max_tokens)
         prompt_ids, n_cut = loading.fit(loaded.tokenizer, make_ids, text, most, truncate)
         if n_cut:
-            output.note(f"gemma-cli: {n_cut} tokens of the {truncate.value} were left out.")
+            output.note(f"gemma-cli: Tokens left out of the {truncate.value}: {n_cut}.")
     room = loading.ROOM_FOR_ANSWER if max_tokens is None else max_tokens
     cache = loaded.model.new_cache(
         loading.context_size(loaded.file, context, len(prompt_ids) + room), kv.value
