@@ -6,7 +6,7 @@ DEMO_MODEL := gemma-3-270m-int4
 # Tests keep their compiled kernels and models here, away from those in use.
 TEST_HOME := $(CURDIR)/.venv/test-home
 
-.PHONY: demo test bench-peers lint format clean
+.PHONY: demo test fuzz kill bench-peers lint format clean
 
 demo: .venv/installed-demo
 	@$(BIN)/gemma-cli models 2>/dev/null | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
@@ -18,6 +18,16 @@ demo: .venv/installed-demo
 
 test: .venv/installed-dev
 	GEMMA_CLI_HOME=$(TEST_HOME) $(BIN)/python -m pytest
+
+# Mutated files of every format for so long; tests/fuzz.py says what each must come to.
+SECONDS ?= 600
+fuzz: .venv/installed-dev
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS) --examples 500 --seed 1
+
+# Conversions killed at random times; the test suite does so a few times too.
+KILLS ?= 200
+kill: .venv/installed-dev
+	KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_pipeline.py -k killed_at_any_time
 
 # Measures beside llama.cpp; tests/bench_peers.py says what it needs and what ARGS can be.
 bench-peers: .venv/installed-dev

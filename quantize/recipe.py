@@ -21,6 +21,7 @@ from quantize.errors import GemmaError, shown
 FORMAT_OF_BITS = {4: "int4", 8: "int8", 16: "bf16", 32: "f32"}
 GROUP_SIZES = (32, 64, 128)
 _LARGEST_FILE = 100_000
+_MOST_DOTS = 100  # of a key; tomllib takes the square of their number in time and memory
 
 RECIPES = {
     "default": {"embed": "int8"},
@@ -76,6 +77,8 @@ def _read_rules(path: Path, group_size: int) -> list[Rule]:
             text = file.read(_LARGEST_FILE + 1)
         if len(text) > _LARGEST_FILE:
             raise ValueError(f"it has more than {_LARGEST_FILE} bytes")
+        if max(line.count(b".") for line in [*text.splitlines(), b""]) > _MOST_DOTS:
+            raise ValueError(f"a line has more than {_MOST_DOTS} dots")
         table = tomllib.loads(text.decode())
     except OSError as error:
         raise GemmaError(

@@ -209,6 +209,8 @@ def without_bos(root: dict[str, Any]) -> None:
         (lambda root: root["model"].update(vocab=[["a", "b"]]), "not like Gemma's"),
         (lambda root: root["model"].update(merges=["a b c"]), "not like Gemma's"),
         (lambda root: root["model"].update(merges=[7]), "not like Gemma's"),
+        (lambda root: root["model"].update(unk_token=["<unk>"]), "unknown token is no text"),
+        (lambda root: root["model"].update(unk_token=None), "unknown token is no text"),
         (lambda root: root.update(normalizer={"type": "NFKC"}), "normalizer"),
         (lambda root: root.update(pre_tokenizer={"type": "ByteLevel"}), "cuts the text"),
         (lambda root: root.update(added_tokens=None), "not like Gemma's"),

@@ -158,6 +158,8 @@ def sentencepiece_from_tokenizer_json(path: Path) -> bytes:
             raise ValueError("it cuts the text before merging")
         texts, scores, kinds = _columns_of_json(root)
         unknown = root["model"]["unk_token"]
+        if not isinstance(unknown, str):
+            raise ValueError("its unknown token is no text")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise GemmaError(
