@@ -59,7 +59,10 @@ def test_candidates(
 def test_largest_is_a_stable_sort(size: int, k: int) -> None:
     k = min(k, size)
     logits = np.random.default_rng(size + k).integers(-500, 500, size).astype(np.float32)
-    np.testing.assert_array_equal(largest(logits, k), np.argsort(-logits, kind="stable")[:k])
+    for finite in (size, k + 3, max(0, k - 3)):
+        some = np.full_like(logits, -np.inf)
+        some[np.random.default_rng(k).permutation(size)[:finite]] = logits[:finite]
+        np.testing.assert_array_equal(largest(some, k), np.argsort(-some, kind="stable")[:k])
 
 
 @pytest.mark.parametrize(
