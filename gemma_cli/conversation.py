@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from gemma_cli import snapshot
 from gemma_cli.answer import Answer, respond
 from gemma_cli.generation import n_common
-from gemma_cli.sampling import Sampler, Sampling
-from gemma_cli.session import Session
+from gemma_cli.models import model_name
+from gemma_cli.session import Session, snapshot_path
 from gemma_cli.text.chat import STOP_TEXTS, Format, Turn, turn_ids
 
 if TYPE_CHECKING:
     from gemma_cli.runtime import KVCache, Model
+    from gemma_cli.sampling import Sampler
     from gemma_cli.text.tokenizer import Tokenizer
 
 
@@ -31,6 +35,24 @@ class Conversation:
         self.format: Format = format
         self.cached: list[int] = []  # the ids in the cache
         self._laid_out: tuple[object, list[list[int]]] | None = None
+
+    def resume(self, session: Session) -> None:
+        """Goes on with a session: its model is from here on this one, and what a snapshot that
+        matches holds of it needs not be read."""
+        self.session, self.cached = session, []
+        file = self.model.file
+        tokenizer = hashlib.sha256(file.tokenizer_model).hexdigest()[:16]
+        session.use(model_name(file.path), tokenizer)
+        if session.path and session.turns:
+            self.cached = snapshot.restore(snapshot_path(session.path), file, self.cache)
+
+    def keep(self) -> None:
+        """Leaves a snapshot beside the session, if that is kept."""
+        session = self.session
+        if session.path and session.turns and not session.failure:
+            with suppress(OSError):  # it can be computed again
+                path = snapshot_path(session.path)
+                snapshot.save(path, self.model.file, self.cache, self.cached)
 
     @property
     def parts(self) -> list[list[int]]:
@@ -70,7 +92,7 @@ class Conversation:
 
     def answer(
         self,
-        sampling: Sampling,
+        sample: Sampler,
         *,
         emit: Callable[[str], None],
         stops: Sequence[str] = (),
@@ -91,7 +113,7 @@ class Conversation:
                 self.tokenizer,
                 self.cache,
                 prompt_ids,
-                Sampler(sampling.at(self.session.n_answers)),
+                sample.at(self.session.n_answers),
                 emit=emit,
                 stops=[*STOP_TEXTS[self.format], *stops],
                 max_tokens=max_tokens,

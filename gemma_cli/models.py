@@ -78,5 +78,10 @@ def find_model(model: str | None) -> Path:
     raise GemmaError(f"{model} is neither a file nor a name in {models_folder()}, which {known}.")
 
 
+def model_name(path: Path) -> str:
+    """What `-m` finds the file by, from anywhere."""
+    return path.stem if path.parent == models_folder() else str(path.absolute())
+
+
 def names(models: Sequence[Path]) -> str:
     return ", ".join(model.stem for model in models)

@@ -319,6 +319,13 @@ def list_sessions() -> list[Path]:
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
+def named_session(name: str) -> Session:
+    """The session of a name, to go on with it or to begin it. Raises as `Session.open` does, and
+    GemmaError if the name can be none."""
+    path = session_path(name)
+    return Session.open(path) if path.exists() else Session(path)
+
+
 def find_session(name: str) -> Path:
     """The file of a session. Raises GemmaError, which says what there is, if there is none."""
     path = session_path(name)

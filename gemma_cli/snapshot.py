@@ -52,7 +52,7 @@ def save(path: Path, file: ModelFile, cache: KVCache, ids: Sequence[int]) -> boo
     metadata = {
         "format": "gemma-cli snapshot",
         "version": VERSION,
-        "model": _key(file),
+        "model": model_key(file),
         "reach": str(state.reach),
         "ring": str(state.ring),
         "sha256": _digest(arrays),
@@ -80,7 +80,7 @@ def restore(path: Path, file: ModelFile, cache: KVCache) -> list[int]:
     try:
         with safe_open(path, framework="numpy") as snapshot:
             metadata = snapshot.metadata()
-            if (metadata["version"], metadata["model"]) != (VERSION, _key(file)):
+            if (metadata["version"], metadata["model"]) != (VERSION, model_key(file)):
                 return []
             arrays = {name: snapshot.get_tensor(name) for name in snapshot.keys()}  # noqa: SIM118
         if metadata["sha256"] != _digest(arrays):
@@ -96,7 +96,7 @@ def restore(path: Path, file: ModelFile, cache: KVCache) -> list[int]:
     return ids
 
 
-def _key(file: ModelFile) -> str:
+def model_key(file: ModelFile) -> str:
     """A hash of all that the numbers in a cache depend on, besides the tokens."""
     what = json.dumps([sorted(file.sha256.items()), FOLDER.name])
     return hashlib.sha256(what.encode()).hexdigest()

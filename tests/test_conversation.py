@@ -48,7 +48,7 @@ class Talk:
         )
         pieces: list[str] = []
         unread = self.conversation.rewind()
-        answer = self.conversation.answer(DRAWN, emit=pieces.append, max_tokens=max_tokens)
+        answer = self.conversation.answer(Sampler(DRAWN), emit=pieces.append, max_tokens=max_tokens)
         assert (answer.ids, answer.text) == (anew.ids, anew.text)
         assert "".join(pieces) == answer.text
         assert answer.prefilled == unread
@@ -96,7 +96,7 @@ def test_what_is_interrupted(loaded: tuple[Model, Tokenizer]) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    answer = talk.conversation.answer(DRAWN, emit=print, progress=interrupt)
+    answer = talk.conversation.answer(Sampler(DRAWN), emit=print, progress=interrupt)
     assert (answer.finish_reason, answer.ids) == ("interrupted", [])
     assert len(talk.session.turns) == 1
     assert talk.conversation.rewind() == answer.prompt_tokens - talk.model.chunk_size
@@ -104,7 +104,7 @@ def test_what_is_interrupted(loaded: tuple[Model, Tokenizer]) -> None:
     talk.say(text)  # goes on from what was read
 
     talk.session.add(Turn("user", "ten hens"))
-    answer = talk.conversation.answer(DRAWN, emit=interrupt)
+    answer = talk.conversation.answer(Sampler(DRAWN), emit=interrupt)
     assert answer.finish_reason == "interrupted"
     assert talk.session.turns[-1] == Turn("model", answer.text, tuple(answer.ids))
     talk.say("the tin")
@@ -119,7 +119,7 @@ def test_an_error_leaves_a_conversation_that_can_go_on(loaded: tuple[Model, Toke
 
     talk.session.add(Turn("user", "ten hens"))
     with pytest.raises(RuntimeError):
-        talk.conversation.answer(DRAWN, emit=fail)
+        talk.conversation.answer(Sampler(DRAWN), emit=fail)
     talk.answer()
 
 

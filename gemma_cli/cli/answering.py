@@ -22,6 +22,11 @@ RAW_TOKENS = 256  # a base model rarely ends by itself
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
 
 
+def sampling_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some settings that are about sampling."""
+    return {name: x for name, x in settings.items() if name in SAMPLING}
+
+
 def make_sampling(file: ModelFile, given: Mapping[str, Any]) -> Sampling:
     """From the options given, else the model file's defaults, else Gemma's."""
     from gemma_cli.sampling import Sampling

@@ -11,7 +11,7 @@ from gemma_cli.cli import answering, options, output, terminal
 from gemma_cli.cli.talk import NotNow, Talk
 from gemma_cli.generation import PromptTooLong
 from gemma_cli.models import find_model, state_folder
-from gemma_cli.session import Session, list_sessions, new_path, session_path
+from gemma_cli.session import Session, list_sessions, named_session, new_path
 from quantize.errors import GemmaError
 
 
@@ -109,10 +109,7 @@ def open_session(name: str | None, go_on: bool, no_save: bool) -> Session:
         if not known:
             raise GemmaError("No conversation was kept yet: gemma-cli chat begins one.")
         return Session.open(known[-1])
-    if name is None:
-        return Session(new_path())
-    path = session_path(name)
-    return Session.open(path) if path.exists() else Session(path)
+    return Session(new_path()) if name is None else named_session(name)
 
 
 def converse(talk: Talk, history: Path | None) -> None:

@@ -164,22 +164,23 @@ def prompt_text(prompt: str | None, *texts: str) -> str:
 
 def fit(
     tokenizer: Tokenizer, make_ids: Callable[[str], list[int]], text: str, most: int, cut: Cut
-) -> tuple[list[int], int]:
-    """The ids of a prompt with a text in it, cut to at most `most`, and how many tokens of the text
-    are not in them. Where it is cut stands CUT_MARK. What is around the text is not cut, so they
-    may be more."""
-    ids = make_ids(text)
+) -> tuple[str, list[int], int]:
+    """A text cut so that the ids of a prompt with it are at most `most`; the ids, and how many
+    tokens of the text are left out. Where it is cut stands CUT_MARK. What is around the text is
+    not cut, so the ids may be more."""
+    ids, fitting = make_ids(text), text
     if len(ids) <= most:
-        return ids, 0
+        return text, ids, 0
     tokens = tokenizer.encode(text)
     kept, over = len(tokens), len(ids) - most
     while over > 0 and kept > 0:  # what is cut can take more tokens than before
         kept = max(0, kept - over)
         first = {Cut.HEAD: 0, Cut.MIDDLE: (kept + 1) // 2, Cut.TAIL: kept}[cut]
         head, tail = tokens[:first], tokens[len(tokens) - (kept - first) :]
-        ids = make_ids(tokenizer.decode(head) + CUT_MARK + tokenizer.decode(tail))
+        fitting = tokenizer.decode(head) + CUT_MARK + tokenizer.decode(tail)
+        ids = make_ids(fitting)
         over = len(ids) - most
-    return ids, len(tokens) - kept
+    return fitting, ids, len(tokens) - kept
 
 
 def room_for_prompt(file: ModelFile, asked: int | None, max_tokens: int | None) -> int:

@@ -102,7 +102,7 @@ def map_lines(
             if truncate is None:
                 yield make_ids(line)
                 continue
-            ids, n_cut = loading.fit(loaded.tokenizer, make_ids, line, most, truncate)
+            _, ids, n_cut = loading.fit(loaded.tokenizer, make_ids, line, most, truncate)
             if n_cut:
                 where = f"Line {number}: tokens left out of the {truncate.value}"
                 output.note(f"gemma-cli: {where}: {n_cut}.")

@@ -265,6 +265,14 @@ SessionName = Annotated[
         show_default=False,
     ),
 ]
+CachePrompt = Annotated[
+    bool,
+    typer.Option(
+        "--cache-prompt",
+        help="Keep on the disk what the model has read of the prompt up to its last part (PROMPT, "
+        "a file or standard input), so that runs that begin the same need not read it again.",
+    ),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Print speeds to standard error.")]
 NdJson = Annotated[
     bool,

@@ -80,7 +80,7 @@ def _oldest(turns: Sequence[Turn], n_left: int, counts: Sequence[int], wanted: i
 def _summarise(conversation: Conversation, turns: Sequence[Turn]) -> str:
     """The model's summary of these turns, the first ones of its context; "" if there is none."""
     from gemma_cli.conversation import Conversation
-    from gemma_cli.sampling import Sampling
+    from gemma_cli.sampling import Sampler, Sampling
 
     session = Session()
     session.instruct(conversation.session.context[0])
@@ -105,7 +105,7 @@ def _summarise(conversation: Conversation, turns: Sequence[Turn]) -> str:
                 check()
 
             answer = other.answer(
-                Sampling(temperature=0),
+                Sampler(Sampling(temperature=0)),
                 emit=lambda piece: check(),
                 max_tokens=SUMMARY_TOKENS,
                 progress=progress,

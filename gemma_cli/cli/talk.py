@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -13,8 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from gemma_cli.cli import answering, loading, output, terminal
-from gemma_cli.models import models_folder
-from gemma_cli.session import Session, last_message, snapshot_path
+from gemma_cli.session import Session, last_message
 from gemma_cli.text.chat import Turn
 
 if TYPE_CHECKING:
@@ -100,7 +98,7 @@ class Talk:
         self._conversation = Conversation(
             self.session, loaded.model, loaded.tokenizer, cache, layout
         )
-        self._join(loaded)
+        self._conversation.resume(self.session)
         if self.choose and self.session.turns and not self.answer:
             self.show_last()
         self._load_s = perf_counter() - self._started
@@ -111,8 +109,7 @@ class Talk:
         return self.begin().result().file
 
     def sampling(self) -> Sampling:
-        given = {k: v for k, v in self.session.settings.items() if k in answering.SAMPLING}
-        return answering.make_sampling(self.file, given)
+        return answering.make_sampling(self.file, answering.sampling_of(self.session.settings))
 
     def max_tokens(self) -> int | None:
         default = None if self.ready().format == "turns" else answering.RAW_TOKENS
@@ -131,20 +128,6 @@ class Talk:
             how = "Gemma's turns" if self.chat else "a transcript of User and Assistant"
             output.note(f"{about}It is given {how}; --raw leaves your text as it is.")
         return "transcript" if is_base and not self.chat else "turns"
-
-    def _join(self, loaded: Loaded) -> None:
-        """Has the model go on with the session, from a snapshot if there is one that matches."""
-        from gemma_cli import snapshot
-
-        session, conversation = self.session, self._conversation
-        assert conversation
-        in_folder = self.path.parent == models_folder()
-        name = self.path.stem if in_folder else str(self.path.absolute())
-        session.use(name, hashlib.sha256(loaded.file.tokenizer_model).hexdigest()[:16])
-        conversation.session, conversation.cached = session, []
-        if session.path and session.turns:
-            path = snapshot_path(session.path)
-            conversation.cached = snapshot.restore(path, loaded.file, conversation.cache)
 
     def change_model(self, path: Path) -> None:
         """Has another model go on; if it cannot be loaded, nothing changes."""
@@ -180,19 +163,13 @@ class Talk:
         self.leave()
         self.session = session
         if self._conversation:
-            self._join(self.begin().result())
+            self._conversation.resume(session)
 
     def leave(self) -> None:
         """Keeps what there is to keep, and lets others go on with the session."""
-        from gemma_cli import snapshot
-
-        session, conversation = self.session, self._conversation
-        if session.path and session.turns and not session.failure and conversation:
-            with contextlib.suppress(OSError):  # it can be computed again
-                snapshot.save(
-                    snapshot_path(session.path), self.file, conversation.cache, conversation.cached
-                )
-        session.close()
+        if self._conversation:
+            self._conversation.keep()
+        self.session.close()
 
     def say(self, text: str, *, instead: bool = False) -> Answer:
         """Answers a message and prints the answer; `instead` of the last message.
@@ -242,6 +219,8 @@ class Talk:
             raise NotNow
 
     def _answer(self, conversation: Conversation, check: Callable[[], None]) -> Answer:
+        from gemma_cli.sampling import Sampler
+
         settings, form = self.session.settings, self.form
         with contextlib.ExitStack() as stack:
             if self.markdown and conversation.format != "raw":
@@ -261,7 +240,7 @@ class Talk:
                 check()
 
             answer = conversation.answer(
-                self.sampling(),
+                Sampler(self.sampling()),
                 emit=emit,
                 stops=settings.get("stop", ()),
                 max_tokens=self.max_tokens(),
