@@ -345,6 +345,7 @@ def create(
             writer = Writer(file, description, to_be_verified=to_be_verified)
             yield writer
             writer.finish()
+            _publish(partial)
             os.fsync(file.fileno())
             if not _is_at(file.fileno(), partial):
                 raise _in_use(partial)
@@ -381,13 +382,25 @@ def _claim(partial: Path) -> BinaryIO:
         else:
             partial.unlink(missing_ok=True)
         try:
-            file = open(partial, "xb")  # noqa: SIM115 (the caller closes it)
+            # Nobody else reads it before it is whole.
+            file = open(partial, "xb", opener=_open_private)  # noqa: SIM115 (the caller closes it)
         except FileExistsError as error:
             raise _in_use(partial) from error
         if fcntl and not (_lock(file.fileno()) and _is_at(file.fileno(), partial)):
             file.close()
             raise _in_use(partial)
     return file
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _publish(path: Path) -> None:
+    """Gives a file the permissions of any new one."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _in_use(partial: Path) -> GemmaError:

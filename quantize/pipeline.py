@@ -342,11 +342,13 @@ def quantize(
                 if early
             }
             for i, name in enumerate(norms):
+                source.check_unchanged()  # What is cut off could not even be read.
                 with np.errstate(all="ignore"):  # as in _rows
                     values = source.tensors[name].values()
                 writer.write(name, [_finite(values, name, source.path)])
                 report(name, i + 1, source.tensors[name].nbytes)
             for i, p in enumerate(planned, len(norms)):
+                source.check_unchanged()
                 writer.write(p.name, parts(p, i))
             report(planned[-1].name, len(norms) + len(planned), total - done)
             verification = None

@@ -638,13 +638,14 @@ def main() -> None:
                 print(f"{name}, --seed {number}: {folder / name} got through.", file=sys.stderr)
                 traceback.print_exc()
                 failed.add(name)
+        total = sum((counts for counts in seen.values()), Counter[str]())
+        print(f"seed {number}:", *(f"{n} {what}" for what, n in sorted(total.items())), flush=True)
         number += 1
         if failed or time.monotonic() >= end:
             break
     faulthandler.cancel_dump_traceback_later()
     for name, counts in seen.items():
         print(f"{name:16}", *(f"{n} {what}" for what, n in sorted(counts.items())), sep="  ")
-    print(sum(sum(counts.values()) for counts in seen.values()), "files")
     if not failed:
         shutil.rmtree(folder)
     sys.exit(1 if failed else 0)

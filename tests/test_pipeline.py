@@ -438,7 +438,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
             assert not list(output.parent.iterdir())
 
 
-@pytest.mark.parametrize("change", ["written", "replaced", "gone", "touched"])
+@pytest.mark.parametrize("change", ["written", "replaced", "gone", "touched", "cut"])
 @pytest.mark.parametrize("kind", ["safetensors", "gguf", "ckpt"])
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, kind: str, change: str) -> None:
     if kind == "safetensors":
@@ -462,6 +462,8 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, kind: str, c
                 file.with_name("new").replace(file)
             elif change == "gone":
                 file.unlink()
+            elif change == "cut":
+                os.truncate(file, 100)
             else:
                 os.utime(file, ns=(then + 1, then + 1))
 
@@ -492,7 +494,7 @@ class Faults:
 
         def faulty_open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             if str(file).endswith(".partial"):
-                return io.BufferedWriter(FaultyFile(file, mode), 512)
+                return io.BufferedWriter(FaultyFile(file, mode, *args, **kwargs), 512)
             return real_open(file, mode, *args, **kwargs)
 
         def faulty(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -545,6 +547,56 @@ def test_after_any_failing_call_the_target_is_absent_old_or_whole(
             assert (output.read_bytes() if output.exists() else None) == old
     # The last call makes the rename itself last, which has been done by then.
     assert hashlib.sha256(output.read_bytes()).hexdigest() == whole
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf", "ckpt", "model file"])
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.EIO, errno.EACCES])
+def test_any_mapping_that_fails_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, error: int
+) -> None:
+    read: Callable[[Path], object] = open_checkpoint
+    if kind == "gguf":
+        path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS)
+    elif kind == "ckpt":
+        path = write_ckpt(tmp_path / "a", CONFIG, gemma_pytorch_tensors(CONFIG, WEIGHTS))
+    else:
+        path = write_hf(tmp_path / "a", CONFIG, WEIGHTS)
+    if kind == "model file":
+        path, read = tmp_path / "b", ModelFile.open
+        quantize(open_checkpoint(tmp_path / "a"), path, bits=4)
+    left, real = 1000, np.memmap
+
+    def memmap(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise OSError(error, os.strerror(error))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(np, "memmap", memmap)
+    read(path)
+    assert left < 1000
+    for n in range(1, 1001 - left):
+        left = n
+        with pytest.raises(GemmaError, match=rf"{tmp_path}.* \({os.strerror(error)}\)"):
+            read(path)
+
+
+def test_nobody_else_reads_a_file_that_is_not_whole(source: Path, tmp_path: Path) -> None:
+    output, seen = tmp_path / "models" / "a", set()
+    for umask in (0o022, 0o027):
+
+        def look(progress: Progress) -> None:
+            seen.update(path.stat().st_mode & 0o777 for path in partials(tmp_path))
+
+        before = os.umask(umask)
+        try:
+            quantize(open_checkpoint(source), output, bits=4, force=True, progress=look)
+            assert os.umask(umask) == umask
+        finally:
+            os.umask(before)
+        assert output.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert seen == {0o600}
 
 
 def test_an_interrupted_conversion_leaves_nothing(source: Path, tmp_path: Path) -> None:
