@@ -50,7 +50,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize import packing
-from quantize.checkpoint.source import map_file, sampling_defaults
+from quantize.checkpoint.source import FileState, file_states, map_file, sampling_defaults
 from quantize.config import MAX_INTEGER, Fields, GemmaConfig, parse_json_object
 from quantize.errors import GemmaError, shown
 from quantize.recipe import GROUP_SIZES
@@ -457,6 +457,21 @@ class ModelFile(Description):
     """The bytes of every tensor with what fills it up, by name."""
     sha256: Mapping[str, str]
     verification: Verification | None
+    state: FileState
+    """That of the file when it was opened."""
+
+    def check_unchanged(self) -> None:
+        """Raises GemmaError if the file that is mapped was written to; another one may have taken
+        its place. Takes some microseconds."""
+        try:
+            (state,) = file_states([self.path]).values()
+        except OSError:  # it is gone, and still mapped
+            return
+        if state[:2] == self.state[:2] and state != self.state:
+            raise GemmaError(
+                f"{self.path} was changed while it was in use; convert the checkpoint again, and "
+                "start again."
+            )
 
     def damaged_tensors(self, progress: Callable[[int], None] | None = None) -> list[str]:
         """The names of tensors whose bytes do not have their checksum; reads the whole file.
@@ -482,9 +497,10 @@ class ModelFile(Description):
         GemmaError.
         """
         mapped = map_file(path)
+        (state,) = file_states([path]).values()
         header, data_start = _read_header(mapped, path)
         try:
-            return cls._checked(path, header, mapped, data_start)
+            return cls._checked(path, state, header, mapped, data_start)
         except (KeyError, ValueError, TypeError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200]
             raise GemmaError(
@@ -493,7 +509,12 @@ class ModelFile(Description):
 
     @classmethod
     def _checked(
-        cls, path: Path, header: dict[str, object], mapped: NDArray[np.uint8], data_start: int
+        cls,
+        path: Path,
+        state: FileState,
+        header: dict[str, object],
+        mapped: NDArray[np.uint8],
+        data_start: int,
     ) -> "ModelFile":
         texts = cast(dict[str, str], header.pop("__metadata__"))
         if unknown := sorted(texts.keys() - _METADATA):
@@ -556,6 +577,7 @@ class ModelFile(Description):
                 if lost
                 else None
             ),
+            state=state,
         )
 
 

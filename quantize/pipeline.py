@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -161,6 +162,16 @@ def _sample(tensor: SourceTensor, p: PlannedTensor, path: Path) -> NDArray[np.fl
     n_rows = min(p.spec.n_out, max(1, _SAMPLE_WEIGHTS // p.spec.n_in))
     picked = np.arange(n_rows) * p.spec.n_out // n_rows
     return np.concatenate([_rows(tensor, p.name, path, int(i), int(i) + 1) for i in picked])
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """A pool whose work, if the block fails, is given up rather than waited for."""
+    pool = ThreadPoolExecutor(_N_THREADS)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _in_order(
@@ -330,7 +341,7 @@ def quantize(
             # Pieces of a matrix are what runs side by side; a product that BLAS divided among
             # threads would depend on their number.
             threadpool_limits(1, "blas"),
-            ThreadPoolExecutor(_N_THREADS) as pool,
+            _threads() as pool,
             modelfile.create(output, description, to_be_verified=verify is not None) as writer,
         ):
             # Without a calibration, codebooks do not wait for their turn.

@@ -89,6 +89,13 @@ class Terminal:
     def send_signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def wait_until_stopped(self) -> None:
+        """Waits until a signal has stopped the program, taking what it still writes."""
+        while not os.WIFSTOPPED(os.waitpid(self._process.pid, os.WUNTRACED | os.WNOHANG)[1]):
+            assert time.monotonic() < self._deadline, f"it was not stopped:\n{self.text}"
+            if select.select([self._ours], [], [], 0.01)[0]:
+                self._receive()
+
     @property
     def modes(self) -> list[Any]:
         """How the terminal treats what is typed."""

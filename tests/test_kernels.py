@@ -863,6 +863,13 @@ def test_rms_norm_of_zeros() -> None:
     np.testing.assert_array_equal(x, 0)
 
 
+def test_rms_norm_of_squares_that_overflow() -> None:
+    x = np.ones(32, np.float32)
+    x[3] = 1e20
+    run_rms_norm(x, np.ones(32, np.float32), 1e-6, x)
+    assert np.isnan(x).all()  # not zeros, which nobody would notice
+
+
 def test_add() -> None:
     x, y = np.random.default_rng(17).standard_normal((2, 48)).astype(np.float32)
     total = x + y

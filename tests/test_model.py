@@ -3,15 +3,18 @@
 But where there is AMX, which rounds inputs of many tokens in another way than those of few.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import random_weights, tiny, write_hf
 from numpy.typing import NDArray
 
 from gemma_cli.runtime import Model, isa
 from quantize.checkpoint import open_checkpoint
+from quantize.errors import GemmaError
 from quantize.modelfile import ModelFile
 from quantize.pipeline import quantize
 
@@ -160,3 +163,61 @@ def test_what_a_window_has_lost_stays_lost(model: Model) -> None:
         expected = model.new_cache(120)
         model.forward(ids[:60], expected)
         np.testing.assert_array_equal(model.forward([5], held), model.forward([5], expected))
+
+
+# Numbers that overflow
+
+
+def scaled(tmp_path: Path, generation: str, matrix: str, factor: float, bits: int) -> Model:
+    """A tiny model, one matrix of which is so many times as large."""
+    config = tiny(generation)
+    weights = random_weights(config)
+    weights[matrix] = weights[matrix] * np.float32(factor)
+    folder = write_hf(tmp_path / "checkpoint", config, weights, "F32")
+    quantize(open_checkpoint(folder), tmp_path / "a.safetensors", bits=bits, method="rtn")
+    return Model(ModelFile.open(tmp_path / "a.safetensors"), n_threads=2, chunk_size=48)
+
+
+@pytest.mark.parametrize("generation", ["gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+@pytest.mark.parametrize("n", [1, 60])
+def test_values_beyond_float16_are_named(
+    tmp_path: Path, generation: str, bits: int, n: int
+) -> None:
+    model = scaled(tmp_path, generation, "layers.1.attn_v", 1e5, bits)
+    ids = random_ids(model, n)
+    with pytest.raises(GemmaError, match=r"a\.safetensors .*values of layer 1 .*--kv int8.*verify"):
+        model.forward(ids, model.new_cache(100))
+    assert np.isfinite(model.forward(ids, model.new_cache(100, "int8"))).all()
+
+
+@pytest.mark.parametrize("generation", ["gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize("matrix", ["attn_o", "ffn_down", "ffn_up"])
+@pytest.mark.parametrize("factor", [1e25, 1e38])
+def test_activations_that_overflow_are_an_error(
+    tmp_path: Path, generation: str, matrix: str, factor: float
+) -> None:
+    model = scaled(tmp_path, generation, f"layers.0.{matrix}", factor, 32)
+    for n in (1, 60):
+        with pytest.raises(GemmaError, match=r"a\.safetensors has .* too large or not numbers"):
+            model.forward(random_ids(model, n), model.new_cache(100))
+
+
+def test_a_file_that_is_written_to_while_it_is_in_use(tmp_path: Path) -> None:
+    model = scaled(tmp_path, "gemma", "embed", 1, 8)
+    path, cache = model.file.path, model.new_cache(100)
+    data = path.read_bytes()
+    model.forward([1], cache)
+    path.with_name("new").write_bytes(bytes(len(data)))
+    path.with_name("new").replace(path)  # another file: the one in use is still whole
+    model.forward([1], cache)
+    path.unlink()
+    model.forward([1], cache)
+    path.write_bytes(data)
+    model = Model(ModelFile.open(path))
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(GemmaError, match=r"a\.safetensors was changed while it was in use"):
+        model.forward([1], cache)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_cli.cli import answering, options, output, terminal
+from gemma_cli.cli import answering, options, output, signals, terminal
 from gemma_cli.cli.talk import NotNow, Talk
 from gemma_cli.generation import PromptTooLong
 from gemma_cli.models import find_model, state_folder
@@ -87,6 +87,7 @@ def chat(
     others = {"max_tokens": max_tokens, "stop": stop, "draft": None if draft else False}
     given = sampling | {name: value for name, value in others.items() if value is not None}
     kept.set(kept.settings | given)
+    signals.become_exceptions()
     try:
         if sys.stdin.isatty():
             converse(talk, None if no_save else state_folder() / "history")
@@ -114,7 +115,7 @@ def open_session(name: str | None, go_on: bool, no_save: bool) -> Session:
 
 def converse(talk: Talk, history: Path | None) -> None:
     """Talks with someone at a terminal."""
-    with terminal.leaving_properly(), terminal.keys_kept():
+    with terminal.keys_kept():
         from gemma_cli.cli.chat_commands import COMMANDS, is_command, obey
         from gemma_cli.cli.prompt import open_prompt
 

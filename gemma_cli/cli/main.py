@@ -1,7 +1,6 @@
 """The program: its commands, and the one place where failures become sentences and statuses."""
 
 import os
-import signal
 import sys
 import traceback
 from typing import Annotated
@@ -19,6 +18,7 @@ from gemma_cli.cli import (
     quantize,
     run,
     sessions,
+    signals,
     tokenize,
     verify,
 )
@@ -67,6 +67,7 @@ def _options(
 
 def main() -> None:
     """Runs the command line and leaves with its status."""
+    signals.prepare()
     status = execute()
     # Python would take another 0.3 s to take LLVM apart.
     os._exit(status)
@@ -101,14 +102,9 @@ def execute() -> int:
 
 
 def _prepare_streams() -> None:
-    """UTF-8 whatever the locale, bytes that are not UTF-8 kept, and a quiet end when the reader
-    of our output is gone."""
+    """UTF-8 whatever the locale, and bytes that are not UTF-8 kept."""
     # A stream that the caller closed (`>&-`) is None.
     null = open(os.devnull, "r+", encoding="utf-8")  # noqa: SIM115 (open to the end)
     sys.stdin, sys.stdout, sys.stderr = sys.stdin or null, sys.stdout or null, sys.stderr or null
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
-    if hasattr(signal, "SIGPIPE"):
-        # Not an exception: it would have to be kept from Typer, and Python would flush the
-        # closed pipe once more at its end, and complain.
-        signal.signal(signal.SIGPIPE, lambda *_: os._exit(141))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_cli import demo
-from gemma_cli.cli import inspect, loading, options, output
+from gemma_cli.cli import inspect, loading, options, output, signals
 from gemma_cli.models import SUFFIX, models_folder
 from quantize.errors import GemmaError
 from quantize.recipe import FORMAT_OF_BITS, METHODS, RECIPES
@@ -165,6 +165,7 @@ def quantize(
             report(existing(path), json)
             return
         output.note(demo.TERMS)
+    signals.become_exceptions()  # A file that is not whole goes.
     checkpoint = open_source(source)
     for folder in adapter or []:
         checkpoint = merge_adapter(checkpoint, folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_cli.cli import answering, loading, options, output
+from gemma_cli.cli import answering, loading, options, output, signals
 from gemma_cli.generation import n_common
 from gemma_cli.session import Session, named_session
 from quantize.errors import GemmaError
@@ -144,6 +144,7 @@ def run(
         one, other = (make_ids(message(*texts[:-1], last)) for last in ("a", "0"))
         start_ids = one[: n_common(one, other)]
     n_before = len(kept.turns)
+    signals.become_exceptions()
     kept.add(message(text))
     try:
         new_cache = partial(loaded.model.new_cache, kv=kv.value)

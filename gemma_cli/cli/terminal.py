@@ -71,24 +71,16 @@ def keys_kept() -> Iterator[None]:
     silent = termios.tcgetattr(keyboard)
     silent[0] &= ~termios.ICRNL  # Enter is not Ctrl-J
     silent[3] = silent[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
-    termios.tcsetattr(keyboard, termios.TCSANOW, silent)
-    try:
-        yield
-    finally:
+
+    def stop(number: int, _: object) -> None:  # Ctrl-Z
         termios.tcsetattr(keyboard, termios.TCSANOW, before)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        termios.tcsetattr(keyboard, termios.TCSANOW, silent)  # here it goes on
 
-
-@contextmanager
-def leaving_properly() -> Iterator[None]:
-    """Signals that end the program do so as exceptions, so that the terminal is as it was."""
-
-    def leave(number: int, _: object) -> None:
-        sys.exit(128 + number)
-
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {name: signal.signal(getattr(signal, name), leave) for name in names}
+    termios.tcsetattr(keyboard, termios.TCSANOW, silent)
+    handler = signal.signal(signal.SIGTSTP, stop)
     try:
         yield
     finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+        signal.signal(signal.SIGTSTP, handler)
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)

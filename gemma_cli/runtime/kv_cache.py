@@ -129,6 +129,14 @@ class KVCache:
         self.length = state.length
         self._reach = state.length if whole else state.reach
 
+    def find_overflow(self, new: int) -> int | None:
+        """The first layer of which keys, values or scales are infinite or no numbers, also of so
+        many new tokens that are not counted yet."""
+        for name, array in self._arrays(self.length + new).items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                return int(name.partition(".")[2])
+        return None
+
     @property
     def _ring(self) -> int:
         pairs = zip(self._capacities, self.config.sliding_layers, strict=True)

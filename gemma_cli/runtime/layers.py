@@ -29,7 +29,9 @@ def rms_norm(x, weight, eps, y):
     for i in range(0, 4 * x.size, 64):
         value = load_f32(source + i)
         squares = fma(value, value, squares)
-    factor = splat(1.0 / math.sqrt(horizontal_sum(squares) / x.size + eps))
+    total = horizontal_sum(squares)
+    # Where the sum overflows, nothing but NaN comes out, rather than zeros.
+    factor = splat(1.0 / math.sqrt(total / x.size + eps) + 0.0 * total)
     for i in range(0, 4 * x.size, 64):
         store_f32(target + i, load_f32(source + i) * factor * load_f32(weight + i))
 

@@ -24,6 +24,7 @@ from gemma_cli.runtime.kv_cache import KVCache
 from gemma_cli.runtime.layers import rotary_frequencies
 from quantize import packing
 from quantize.config import GemmaConfig
+from quantize.errors import GemmaError
 from quantize.grouping import LINEAR_LEVELS
 from quantize.modelfile import MatrixSpec, ModelFile
 
@@ -32,6 +33,9 @@ CHUNK_SIZE = 512 if isa.AMX else 128
 
 Matrix units want more, since weights are expanded once for a chunk, and are as much faster.
 """
+
+LARGEST = 2.0**56
+"""Of the activations between layers: a sum of the squares of so many as there are is a float32."""
 
 MOST_ROWS = FEW
 """Tokens whose logits `forward_each` and `decode` give at once, reading each weight once."""
@@ -198,8 +202,24 @@ class Model:
 
         self._others = [self._pool.submit(work, thread) for thread in range(1, self.n_threads)]
         work(0)
+        self._check(len(ids), caches)
         for cache in caches:
             cache.length += len(ids) // len(caches)
+
+    def _check(self, n_tokens: int, caches: Sequence[KVCache]) -> None:
+        """Raises GemmaError if the weights or what came of them cannot be relied on."""
+        self.file.check_unchanged()
+        # What overflowed in any layer stays in the residual stream to the end.
+        if np.abs(self._scratch.x[:n_tokens]).max() < LARGEST:
+            return
+        layers = [cache.find_overflow(n_tokens // len(caches)) for cache in caches]
+        found = [layer for layer in layers if layer is not None]
+        where = f"keys and values of layer {min(found)}" if found else "activations"
+        remedy = "--kv int8 has more room for them, and " if caches[0].kind == "f16" else ""
+        raise GemmaError(
+            f"{self.file.path} has {where} that are too large or not numbers: {remedy}`gemma-cli "
+            "verify` tells whether the file is damaged."
+        )
 
     def _reserve_partials(self, n_tokens: int, context: int) -> None:
         c = self.config

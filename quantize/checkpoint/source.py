@@ -156,6 +156,10 @@ class Checkpoint:
                 )
 
 
+mapped_sizes: dict[Path, int] = {}
+"""What was mapped, with its bytes at that time. Reading what a file has lost since is a SIGBUS."""
+
+
 def map_file(path: Path) -> NDArray[np.uint8]:
     """The file's bytes, mapped read-only. Raises GemmaError if it cannot be read or is empty."""
     # A pipe or a device would block or have no end.
@@ -163,10 +167,12 @@ def map_file(path: Path) -> NDArray[np.uint8]:
         reason = "is not a file" if path.exists() else "does not exist"
         raise GemmaError(f"{path} {reason}; check the path.")
     try:
-        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise GemmaError(f"{path} cannot be read ({reason}); check the file.") from error
+    mapped_sizes[path] = mapped.size
+    return mapped
 
 
 def read_file(path: Path, limit: int = _LARGEST_SMALL_FILE) -> bytes:

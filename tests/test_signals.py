@@ -1,0 +1,224 @@
+"""Signals in every phase, and files that shrink while they are mapped: one line at the most, the
+status that says what happened, and the terminal as it was."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from program import CONTEXT, program
+from terminals import Terminal
+
+
+def start(home: Path, *args: str | Path) -> subprocess.Popen[bytes]:
+    command, environment = program(home)
+    return subprocess.Popen(
+        [*command, *map(str, args)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def endless(home: Path) -> tuple[str | Path, ...]:
+    return "run", "-m", home / "endless.safetensors", "-t", "0", "-c", str(CONTEXT)
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3, 0.6])
+def test_while_it_loads_and_reads(home: Path, tmp_path: Path, number: int, delay: float) -> None:
+    """From the first line of our code on; before, Python says what it thinks of signals."""
+    long = tmp_path / "long.txt"
+    long.write_text("the man met ten men on the lane " * 4000)
+    command, environment = program(home)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTED, *command[3:], *map(str, endless(home)), "-f", long],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"started\n"
+    time.sleep(delay)
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == (b"", b"")
+    assert process.returncode == 128 + number
+
+
+# Python's default for signals but SIGINT is to end, before main() says otherwise.
+STARTED = """
+import gemma_cli.__main__, sys
+import gemma_cli.cli.main, gemma_cli.cli.signals
+def prepare(before=gemma_cli.cli.signals.prepare):
+    before()
+    print("started", flush=True)
+gemma_cli.cli.signals.prepare = prepare
+gemma_cli.__main__.main()
+"""
+
+
+def test_ctrl_c_while_modules_are_imported(home: Path) -> None:
+    """Where a KeyboardInterrupt would show a traceback of an import."""
+    command, environment = program(home)
+    code = (
+        "import builtins, os, signal, gemma_cli.__main__\n"
+        "def load(name, *args, real=builtins.__import__):\n"
+        "    if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *args)\n"
+        "builtins.__import__ = load\n"
+        "gemma_cli.__main__.main()"
+    )
+    result = subprocess.run(
+        [command[0], "-c", code, "models"], env=environment, capture_output=True, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_it_answers(home: Path, number: int) -> None:
+    process = start(home, *endless(home), "--ndjson", "the man")
+    assert process.stdout
+    process.stdout.readline()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (128 + number, b"")
+    lines = [json.loads(line) for line in out.splitlines()]
+    if number == signal.SIGINT:
+        assert lines[-1]["finish_reason"] == "interrupted"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_where_compiled_code_does_not_return(number: int) -> None:
+    code = (
+        "import os, signal, subprocess, sys, numba; from gemma_cli.cli import signals\n"
+        "@numba.njit(['i8(i8)'], nogil=True)\n"
+        "def work(n):\n"
+        "    while n: n = n * 3 | 1\n"
+        "    return n\n"
+        "signals.prepare()\n"
+        "if sys.argv[2] == 'exceptions': signals.become_exceptions()\n"
+        "subprocess.Popen(['sh', '-c', f'sleep 0.3; kill -{sys.argv[1]} {os.getpid()}'])\n"
+        "work(1)"
+    )
+    for how in ("exceptions", "at once"):
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(int(number)), how],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            check=False,
+            timeout=60,
+        )
+        assert (result.returncode, result.stderr) == (128 + number, b"")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_is_ignored_stays_so(home: Path, number: int) -> None:
+    """As nohup says, and shells of what they run in the background."""
+    command, environment = program(home)
+    args = [*command, *map(str, endless(home)), "--ndjson", "the man"]
+    with subprocess.Popen(
+        ["sh", "-c", f'trap "" {number}; exec "$@"', "sh", *args],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.send_signal(number)
+        for _ in range(500):
+            assert process.stdout.readline()
+        process.kill()
+
+
+def test_a_conversation_is_stopped_and_goes_on(home: Path) -> None:
+    model = str(home / "endless.safetensors")
+    with Terminal(home, "chat", "-m", model, "-t", "0", "--plain", "-c", str(CONTEXT)) as terminal:
+        before = terminal.modes
+        terminal.wait_for(r"(?m)^>")
+        terminal.type("the man\r")
+        terminal.wait_for(r"> the man\n.{20}")
+        during = terminal.modes
+        assert during != before
+        terminal.type("\x1a")  # Ctrl-Z
+        terminal.wait_until_stopped()
+        assert terminal.modes == before
+        terminal.send_signal(signal.SIGCONT)
+        terminal.wait_for(rf"[\s\S]{{{len(terminal.text) + 100}}}")
+        assert terminal.modes == during
+        terminal.type("\x03")
+        terminal.wait_for(r"tokens/s")
+        terminal.type("\x04")
+        assert terminal.wait() == 0
+
+
+# Files that lose what is mapped
+
+
+@pytest.mark.parametrize("left", [0, 5000])
+def test_a_model_file_that_shrinks_while_it_is_used(home: Path, tmp_path: Path, left: int) -> None:
+    path = tmp_path / "m\x1b[2J.safetensors"
+    shutil.copy(home / "endless.safetensors", path)
+    command, *options = endless(home)
+    options[1] = path
+    process = start(home, command, *options, "--ndjson", "the man")
+    assert process.stdout
+    process.stdout.readline()
+    os.truncate(path, left)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err.decode().count("\n") == 1
+    assert err.startswith(f"gemma-cli: {tmp_path}/m[2J.safetensors was ".encode())
+    assert b" while it was in use" in err
+    assert b"\x1b" not in err
+
+
+@pytest.mark.parametrize("reader", ["data.sum()", "hashlib.sha256(data).digest()", "kernel(data)"])
+def test_reading_what_is_no_longer_there(tmp_path: Path, reader: str) -> None:
+    """In Python's own code, where others may run meanwhile, and in compiled code."""
+    path = tmp_path / "a"
+    path.write_bytes(bytes(10**6))
+    code = (
+        "import hashlib, os, sys, numba; from pathlib import Path\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from gemma_cli.cli import signals\n"
+        "from quantize.checkpoint.source import map_file\n"
+        "@numba.njit(nogil=True)\n"
+        "def kernel(data): return data.sum()\n"
+        "signals.prepare()\n"
+        "data = map_file(Path(sys.argv[1]))\n"
+        "os.truncate(sys.argv[1], 4096)\n"
+        f"ThreadPoolExecutor().submit(lambda: {reader}).result()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, path],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    expected = f"gemma-cli: {path} was cut short while it was in use: make it again.\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, b"", expected.encode())
+
+
+def test_a_terminal_is_as_it_was_when_the_model_file_is_gone(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    shutil.copy(home / "endless.safetensors", path)
+    with Terminal(home, "chat", "-m", str(path), "-t", "0", "--plain", "-c", "9999") as terminal:
+        before = terminal.modes
+        terminal.wait_for(r"(?m)^>")
+        terminal.type("the man\r")
+        terminal.wait_for(r"> the man\n.{20}")
+        os.truncate(path, 0)
+        assert terminal.wait() == 1
+        assert terminal.modes == before
+    assert "while it was in use" in terminal.text.replace("\n", " ")
