@@ -15,6 +15,7 @@ from gemma_cli.generation import (
     generate,
     generate_batch,
 )
+from gemma_cli.guard import Guard
 from gemma_cli.text.chat import stop_ids
 from gemma_cli.text.stream import StreamDecoder
 
@@ -85,7 +86,8 @@ def overlap(text: str, stop: str) -> int:
 class Transcript:
     """Writes an answer down as its ids come: the text, where it stops, and the times.
 
-    `emit` is given the text piece by piece.
+    `emit` is given what each id adds to the text, also if that is nothing. `guard`: an answer that
+    goes round in a loop ends.
     """
 
     def __init__(
@@ -95,11 +97,13 @@ class Transcript:
         sample: Sampler,
         stops: Sequence[str],
         emit: Callable[[str], None],
+        guard: bool,
     ) -> None:
         self.answer = answer
         self._tokenizer, self._sample = tokenizer, sample
         self._emit = emit
         self._decoder, self._watch = StreamDecoder(tokenizer), StopTexts(stops)
+        self._guard = Guard() if guard else None
         self._started = perf_counter()
 
     def clock(self) -> None:
@@ -110,11 +114,15 @@ class Transcript:
         else:
             self.answer.prefill_s = passed
 
-    def push(self, token: int) -> bool:
-        """Takes the next id; tells whether a stop text has ended the answer with it."""
+    def push(self, token: int) -> FinishReason | None:
+        """Takes the next id; returns why the answer ends with it, if it does."""
         self.answer.ids.append(token)
         self._say(self._watch.push(self._decoder.push(token)))
-        return self._watch.found
+        if self._watch.found:
+            return "stop"
+        if self._guard and self._guard.stops(self.answer.ids, self._tokenizer.token_bytes(token)):
+            return "loop"
+        return None
 
     def close(self, reason: FinishReason) -> None:
         self.answer.finish_reason = reason
@@ -123,13 +131,12 @@ class Transcript:
             self.answer.logprobs = [describe(self._tokenizer, of_id) for of_id in logprobs]
         if self._sample.constraint:
             self.answer.has_form = self._sample.constraint.satisfied
-        self._say(self._watch.push(self._decoder.flush()))
-        self._say(self._watch.flush())
+        if rest := self._watch.push(self._decoder.flush()) + self._watch.flush():
+            self._say(rest)
 
     def _say(self, piece: str) -> None:
-        if piece:
-            self.answer.text += piece
-            self._emit(piece)
+        self.answer.text += piece
+        self._emit(piece)
 
 
 def describe(tokenizer: Tokenizer, logprobs: Logprobs) -> dict[str, object]:
@@ -153,15 +160,17 @@ def respond(
     stops: Sequence[str] = (),
     max_tokens: int | None = None,
     draft: bool = False,
+    guard: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Answer:
-    """Makes one answer and gives its text to `emit` piece by piece.
+    """Makes one answer and gives its text to `emit`, which is called after each id.
 
-    Ctrl-C ends the answer, not the program: `finish_reason` is then "interrupted". The cache holds
-    a beginning of `prompt_ids` + `ids`. Raises what `generate` raises.
+    Ctrl-C ends the answer, not the program: `finish_reason` is then "interrupted". With `guard`, an
+    answer that goes round in a loop (guard.py) ends, with "loop". The cache holds a beginning of
+    `prompt_ids` + `ids`. Raises what `generate` raises.
     """
     answer = Answer(len(prompt_ids), prefilled=len(prompt_ids) - cache.length)
-    transcript = Transcript(answer, tokenizer, sample, stops, emit)
+    transcript = Transcript(answer, tokenizer, sample, stops, emit, guard)
     ids = generate(
         model,
         cache,
@@ -183,7 +192,8 @@ def respond(
                     break
                 finally:
                     transcript.clock()
-                if transcript.push(token):
+                if ended := transcript.push(token):
+                    reason = ended
                     break
     except KeyboardInterrupt:
         reason = "interrupted"
@@ -202,6 +212,7 @@ def respond_batch(
     stops: Sequence[str] = (),
     max_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
+    guard: bool = False,
 ) -> Iterator[Answer | PromptTooLong]:
     """Makes an answer for each prompt, several at a time, and yields them in order.
 
@@ -225,13 +236,12 @@ def respond_batch(
             done[c.index] = c.error
         elif c.index not in transcripts:
             answer = Answer(len(c.prompt_ids), prefilled=len(c.prompt_ids) - c.cached)
-            transcripts[c.index] = Transcript(answer, tokenizer, c.sample, stops, _keep)
+            transcripts[c.index] = Transcript(answer, tokenizer, c.sample, stops, _keep, guard)
         else:
             transcript = transcripts[c.index]
             transcript.clock()
             for token in c.ids[len(transcript.answer.ids) :]:
-                if transcript.push(token):
-                    c.finish_reason = "stop"
+                c.finish_reason = transcript.push(token) or c.finish_reason
             if c.finish_reason:
                 transcript.close(c.finish_reason)
                 done[c.index] = transcripts.pop(c.index).answer

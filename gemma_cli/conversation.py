@@ -98,6 +98,7 @@ class Conversation:
         stops: Sequence[str] = (),
         max_tokens: int | None = None,
         draft: bool = False,
+        guard: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Answer:
         """Answers the last turn, and adds the answer to the session if there is any.
@@ -118,6 +119,7 @@ class Conversation:
                 stops=[*STOP_TEXTS[self.format], *stops],
                 max_tokens=max_tokens,
                 draft=draft,
+                guard=guard,
                 progress=progress,
             )
             seen = [*prompt_ids, *answer.ids]

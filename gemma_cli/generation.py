@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # so that the command line can name PromptTooLong without loa
     from gemma_cli.runtime import KVCache, Model
     from gemma_cli.sampling import Sampler
 
-FinishReason = Literal["stop", "length", "interrupted"]
+FinishReason = Literal["stop", "length", "interrupted", "loop"]
 
 BATCH_SIZE = 8
 AHEAD = 64  # answers of a batch that may wait for an earlier one

@@ -66,6 +66,9 @@ def cut_off(answer: Answer) -> str:
     )
 
 
+LOOPS = "The answer went round in a loop and was ended; --no-guard lets it go on."
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """How answers are printed."""
@@ -78,6 +81,8 @@ class Form:
     whole: bool = False  # no text but that of an answer that has the form asked for
 
     def piece(self, text: str) -> None:
+        if not text:
+            return
         if self.ndjson:
             output.write_json({"token": text})
         elif not self.json and not self.whole:

@@ -33,6 +33,7 @@ def map_lines(
     schema: options.Schema = None,
     regex: options.Regex = None,
     choice: options.Choice = None,
+    guard: options.Guard = True,
     context: options.Context = None,
     truncate: options.Truncate = None,
     batch: options.Batch = BATCH_SIZE,
@@ -120,6 +121,7 @@ def map_lines(
         stops=stop or [],
         max_tokens=max_tokens,
         batch_size=batch,
+        guard=guard,
     )
     index = -1
     for index, answer in enumerate(answers):
@@ -132,6 +134,8 @@ def map_lines(
             n_made += len(answer.ids)
             if not answer.has_form:
                 error = answering.cut_off(answer)
+            elif answer.finish_reason == "loop":
+                output.note(f"gemma-cli: Line {index + 1}: {answering.LOOPS}")
         if error or isinstance(answer, PromptTooLong):
             n_failed += 1
             if ndjson:

@@ -228,6 +228,13 @@ Draft = Annotated[
         "sooner where text repeats.",
     ),
 ]
+Guard = Annotated[
+    bool,
+    typer.Option(
+        "--guard/--no-guard",
+        help="End an answer that says the same again and again, or nothing at all.",
+    ),
+]
 Batch = Annotated[
     int,
     typer.Option("--batch", min=1, max=16, metavar="N", help="Answer N lines at a time."),

@@ -39,6 +39,7 @@ def run(
     regex: options.Regex = None,
     choice: options.Choice = None,
     draft: options.Draft = True,
+    guard: options.Guard = True,
     context: options.Context = None,
     truncate: options.Truncate = None,
     kv: options.KVFormat = options.KV.F16,
@@ -173,6 +174,7 @@ def run(
                 stops=settings.get("stop", ()),
                 max_tokens=limit,
                 draft=settings.get("draft", True),
+                guard=guard,
                 progress=progress,
             )
         answer.prefilled += n_read
@@ -180,6 +182,8 @@ def run(
         if not answer.has_form:
             kept.keep(n_before)
         form.end(answer, load_s)
+        if answer.finish_reason == "loop":
+            output.note(f"gemma-cli: {answering.LOOPS}")
         if session is not None:
             conversation.keep()
     finally:
