@@ -406,11 +406,11 @@ def test_a_message_that_is_too_long(talk: Talk, say: Say) -> None:
 def test_choosing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     choices = {"d": "drop", "n": "nothing"}
     screen = io.StringIO()
-    for typed, key in (("d\n", "d"), ("x\n\nDrop\n", "d"), ("", "n")):
+    for typed, key in (("d\n", "d"), ("x\n\ndo it\n D \n", "d"), ("", "n")):
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         assert LinePrompt(screen).choose(choices) == key
     assert "d  drop" in capsys.readouterr().err
-    for typed, key in (("d", "d"), ("xn", "n"), ("\x03", "n"), ("\x04", "n")):
+    for typed, key in (("d\r", "d"), ("do it\rd\r", "d"), ("\x03", "n"), ("\x04", "n")):
         with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
             keys.send_text(typed)
             prompt = ScreenPrompt({}, lambda: "", None, screen)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app, in_terminal
+from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition, is_searching
@@ -122,14 +122,15 @@ class LinePrompt:
         question = f"{', '.join(others)} or {last}? " if others else f"{last}? "
         while True:
             try:
-                key = self._read_key(question, choices)
+                # A line, not a key: what is being typed is no choice.
+                line = self._read_choice(question).strip().lower()
             except (EOFError, KeyboardInterrupt):
                 return last
-            if key in choices:
-                return key
+            if line in choices:
+                return line
 
-    def _read_key(self, question: str, keys: Iterable[str]) -> str:
-        return self._read_line(question).strip()[:1].lower()
+    def _read_choice(self, question: str) -> str:
+        return self._read_line(question)
 
 
 class ScreenPrompt(LinePrompt):
@@ -162,11 +163,15 @@ class ScreenPrompt(LinePrompt):
             while not pending.done():
                 await asyncio.sleep(0.05)
                 app.invalidate()  # the status tells how far it is
+            # prompt_toolkit's in_terminal() would show what is typed meanwhile, and take Enter for
+            # a new line.
+            app.renderer.erase()
             try:
-                async with in_terminal():
-                    arrived()
+                arrived()
             except Exception as error:
                 app.exit(exception=error)
+            app.renderer.request_absolute_cursor_position()
+            app.invalidate()
 
         def pre_run() -> None:
             if begin:
@@ -177,19 +182,8 @@ class ScreenPrompt(LinePrompt):
     def _typed(self) -> str:
         return self._session.default_buffer.text
 
-    def _read_key(self, question: str, keys: Iterable[str]) -> str:
-        bindings = KeyBindings()
-        for key in keys:
-
-            @bindings.add(key)
-            def _chosen(event: KeyPressEvent) -> None:
-                event.current_buffer.text = event.data
-                event.app.exit(result=event.data)
-
-        session: PromptSession[str] = PromptSession(
-            question, key_bindings=bindings, output=self._session.output
-        )
-        return session.prompt()
+    def _read_choice(self, question: str) -> str:
+        return PromptSession[str](question, output=self._session.output).prompt()
 
 
 def _key_bindings() -> KeyBindings:
