@@ -123,6 +123,8 @@ def converse(talk: Talk, history: Path | None) -> None:
         prompt = open_prompt(commands, talk.status, history)
         talk.choose = prompt.choose
         output.note("/help shows the commands; Ctrl-D leaves.")
+        if talk.session.turns:
+            talk.show_last()
         unsent, edited = "", False
         while True:
             begin = None if talk.loaded else talk.begin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -65,13 +65,9 @@ def is_command(text: str) -> bool:
     return re.match(r"/[\w?]+( [^\n]*)?$", text) is not None
 
 
-def _show(rows: Sequence[Sequence[str]]) -> None:
-    output.note("\n".join(output.table(rows)))
-
-
 def _help(talk: Talk, argument: str) -> None:
     commands = [(f"{name} {c.usage}".rstrip(), c.about) for name, c in COMMANDS.items()]
-    _show([*commands, ("", ""), *KEYS])
+    output.note_table([*commands, ("", ""), *KEYS])
 
 
 def _system(talk: Talk, argument: str) -> None:
@@ -128,7 +124,7 @@ def _set(talk: Talk, argument: str) -> None:
         shown = _spell(effective.get(key))
         source = "" if key in talk.session.settings else "default"
         rows.append((each, shown, source, setting.about))
-    _show([row for row in rows if name in {"", row[0]}])
+    output.note_table([row for row in rows if name in {"", row[0]}])
 
 
 def _parse(name: str, value: str) -> Any:
@@ -234,7 +230,7 @@ def _tokens(talk: Talk, argument: str) -> None:
     for turn, ids in zip(turns, conversation.parts, strict=True):
         rows.append((turn.role, f"{len(ids):,}", _beginning(turn.text)))
     used, capacity = conversation.n_tokens, conversation.cache.capacity
-    _show([*rows, ("", f"{used:,}", f"of {capacity:,}; {capacity - used:,} are left")])
+    output.note_table([*rows, ("", f"{used:,}", f"of {capacity:,}; {capacity - used:,} are left")])
     if session.n_left:
         short = " A summary stands for them." if session.summary else ""
         output.note(f"The first {session.n_left} turns have left the context.{short}")
@@ -266,7 +262,7 @@ def _stats(talk: Talk, argument: str) -> None:
                 f"({answer.decode_tok_s:.1f}/s), {answer.finish_reason}",
             ),
         ]
-    _show(rows)
+    output.note_table(rows)
 
 
 def _copy(talk: Talk, argument: str) -> None:
@@ -311,7 +307,7 @@ def _sessions(talk: Talk, argument: str) -> None:
     described = sessions.describe()
     if not described:
         raise GemmaError("No conversation was kept yet.")
-    _show(sessions.as_rows(described))
+    output.note_table(sessions.as_rows(described))
 
 
 def _export(talk: Talk, argument: str) -> None:

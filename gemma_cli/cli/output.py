@@ -37,16 +37,27 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in cells]
 
 
+def note_table(rows: Sequence[Sequence[str]]) -> None:
+    """Writes rows to standard error; on a terminal, what is too long stays in the last column."""
+    indent = sum(max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[:-1])
+    note("\n".join(table(rows)), indent)
+
+
 def write_table(rows: Sequence[Sequence[str]]) -> None:
     for line in table(rows):
         write(line + "\n")
 
 
-def note(text: str) -> None:
-    """Writes a line to standard error; on a terminal, lines that are wrapped between words."""
+def note(text: str, indent: int = 0) -> None:
+    """Writes a line to standard error; on a terminal, lines that are wrapped between words.
+
+    Lines after the first of what is wrapped are indented, if there is room for that.
+    """
     if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
         wrapper = textwrap.TextWrapper(
-            shutil.get_terminal_size().columns,
+            columns,
+            subsequent_indent=" " * indent if indent <= columns // 2 else "",
             replace_whitespace=False,
             break_long_words=False,
             break_on_hyphens=False,

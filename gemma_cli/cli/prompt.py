@@ -19,6 +19,7 @@ from prompt_toolkit.filters import Condition, is_searching
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory, ThreadedHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.output import create_output
+from prompt_toolkit.styles import Style
 from prompt_toolkit.utils import is_dumb_terminal
 
 from gemma_cli.cli import output
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 PROMPT, CONTINUATION = "> ", "  "
 QUOTES = '"""'
+
+# What was asked stands out; the status does not.
+STYLE = Style([("prompt", "bold fg:ansicyan"), ("bottom-toolbar", "noreverse dim")])
 
 Values = Callable[[str], Iterable[str]]
 """What a command's argument can be, given what is typed of it."""
@@ -141,7 +145,7 @@ class ScreenPrompt(LinePrompt):
     ) -> None:
         super().__init__(screen)
         self._session: PromptSession[str] = PromptSession(
-            PROMPT,
+            [("class:prompt", PROMPT)],
             multiline=True,
             prompt_continuation=CONTINUATION,
             key_bindings=_key_bindings(),
@@ -151,6 +155,7 @@ class ScreenPrompt(LinePrompt):
             bottom_toolbar=lambda: f" {output.clean(status())}",
             history=_open_history(history),
             enable_suspend=True,
+            style=STYLE,
             tempfile_suffix=".md",
             output=create_output(stdout=screen),
         )

@@ -99,8 +99,6 @@ class Talk:
             self.session, loaded.model, loaded.tokenizer, cache, layout
         )
         self._conversation.resume(self.session)
-        if self.choose and self.session.turns and not self.answer:
-            self.show_last()
         self._load_s = perf_counter() - self._started
         return self._conversation
 
@@ -260,10 +258,11 @@ class Talk:
     def show_last(self) -> None:
         """Prints what was said last."""
         session = self.session
-        output.note(f"Session {session.name}: {len(session.turns)} turns.")
+        last = ", the last ones:" if session.turns else "."
+        output.note(f"Session {session.name}: {len(session.turns)} turns{last}")
         if not session.turns:
             return
-        output.note("> " + last_message(session)[1].strip())
+        output.note("> " + last_message(session)[1].strip().replace("\n", "\n  "), indent=2)
         turn = session.turns[-1]
         if turn.role == "user":
             output.note("It has no answer yet: /regen asks for one.")
