@@ -183,15 +183,15 @@ def test_an_answer_streams() -> None:
 
 def test_a_stop_text_across_tokens_is_not_printed() -> None:
     made, pieces = answer(Counter(), Cache(), "@", stops=["DX", "EF"])
-    # D is held back until E shows that DX does not come.
-    assert pieces == ["A", "B", "C", "D"]
+    # D is held back until E shows that DX does not come; each id is told of all the same.
+    assert pieces == ["A", "B", "C", "", "D", ""]
     assert made.finish_reason == "stop"
     assert made.ids == list(b"ABCDEF")
 
 
 def test_text_held_back_comes_at_the_end() -> None:
     made, pieces = answer(Counter(), Cache(), "@", stops=["BCDE"], max_tokens=3)
-    assert pieces == ["A", "BC"]
+    assert pieces == ["A", "", "", "BC"]
     assert made.finish_reason == "length"
 
 

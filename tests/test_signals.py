@@ -38,7 +38,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 def test_while_it_loads_and_reads(home: Path, tmp_path: Path, number: int, delay: float) -> None:
     """From the first line of our code on; before, Python says what it thinks of signals."""
     long = tmp_path / "long.txt"
-    long.write_text("the man met ten men on the lane " * 4000)
+    long.write_text("the man met ten men on the lane " * 2500)  # the most that the context holds
     command, environment = program(home)
     process = subprocess.Popen(
         [sys.executable, "-c", STARTED, *command[3:], *map(str, endless(home)), "-f", long],
