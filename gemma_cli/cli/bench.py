@@ -22,11 +22,17 @@ def bench(
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Measure how fast a model reads a prompt and writes an answer on this machine.
+    """Measure how fast a model reads and writes on this machine.
 
     Writing a token reads all weights once, so the memory's read bandwidth bounds it. Bandwidth is
     measured in the same run, with the same threads; 100% of it is as fast as this machine can
     write with this model file.
+
+    Examples:
+
+    gemma-cli bench --depth 4000
+
+    gemma-cli bench --threads 1 --json | jq .decode.tok_s
     """
     file = loading.open_model(model)
     runner = loading.load_model(file, threads)

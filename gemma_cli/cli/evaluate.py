@@ -43,24 +43,26 @@ def evaluate(
             callback=options.check_plot,
             metavar="FILE.png|svg",
             help="With --base: draw the divergence of all models against their bits per weight "
-            "(pip install 'gemma-cli\\[plot]').",
+            "(pip install 'gemma-cli[plot]').",
             show_default=False,
         ),
     ] = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Measure perplexity, and with --base the divergence from a reference.
+    """Measure perplexity, and the divergence from a reference.
 
-    The text is cut into chunks of 512 tokens and the second half of each is predicted, as
-    llama.cpp's llama-perplexity does it. The Kullback-Leibler divergence is over the whole
-    vocabulary, in nats.
+    --base names the reference. The text is cut into chunks of 512 tokens and the second half of
+    each is predicted, as llama.cpp's llama-perplexity does it. The Kullback-Leibler divergence is
+    over the whole vocabulary, in nats.
 
     Examples:
 
     gemma-cli eval --text wiki.test.raw --chunks 40
 
-    gemma-cli eval -m gemma-int4 --also gemma-int8 --base gemma-bf16 --text book.txt --plot kl.svg
+    gemma-cli eval -m gemma-int4 --base gemma-bf16 --text book.txt --json
+
+    gemma-cli eval -m A --also B --base REFERENCE --text book.txt --plot kl.svg
     """
     if plot and not base:
         raise typer.BadParameter("A divergence needs a reference: add --base.", param_hint="--plot")

@@ -25,7 +25,17 @@ def inspect(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Show a model's architecture, recipe and sizes, and the memory that a context needs."""
+    """Show what a model file holds, and the memory that it needs.
+
+    Its architecture, the recipe that it was made by and what rounding has cost, sizes, and the
+    memory for a context.
+
+    Examples:
+
+    gemma-cli inspect -c 32768
+
+    gemma-cli inspect -m gemma-3-270m-int4 --tensors
+    """
     file = loading.open_model(model)
     config = file.config
     loading.check_context(file, context or 1, "--context")

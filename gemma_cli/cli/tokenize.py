@@ -23,7 +23,18 @@ def tokenize(
     count: Annotated[bool, typer.Option("--count", help="Only how many there are.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Show the ids and pieces of a text, one to a line; BOS comes with --chat only."""
+    """Show the ids and pieces of a text, one to a line.
+
+    BOS, the beginning of a prompt, comes with --chat only.
+
+    Examples:
+
+    gemma-cli tokenize "The capital of France is"
+
+    gemma-cli tokenize --count < book.txt
+
+    gemma-cli tokenize --chat --system "Be terse." "Hello"
+    """
     if text is None:
         if sys.stdin.isatty():
             raise typer.BadParameter(

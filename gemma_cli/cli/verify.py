@@ -7,7 +7,14 @@ NAMED = 5  # damaged tensors
 
 
 def verify(model: options.ModelName = None) -> None:
-    """Compare every checksum in a model file with what is there: finds any bit that changed."""
+    """Check that a model file is as it was written.
+
+    Every checksum in it is compared with what is there, which finds any bit that changed.
+
+    Examples:
+
+    gemma-cli verify -m gemma-3-270m-int4
+    """
     file = loading.open_model(model)  # compares the header's
     with output.progress_bar("Verifying", file.size, in_bytes=True) as progress:
         damaged = file.damaged_tensors(progress)
