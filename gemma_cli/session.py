@@ -25,7 +25,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from difflib import get_close_matches
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
@@ -279,7 +279,7 @@ class Session:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _to_json(line: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Self, cast
+from typing import cast
 
 from quantize.errors import GemmaError, shown
 
@@ -66,7 +66,7 @@ class GemmaConfig:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Self:
+    def from_json(cls, text: str, where: str) -> "GemmaConfig":
         """What `to_json` wrote. Raises GemmaError, naming `where`, for anything else."""
         values = parse_json_object(text, where)
         names = {field.name for field in fields(cls)}
@@ -88,7 +88,7 @@ class GemmaConfig:
         config = cls(**scalars, sliding_layers=tuple(sliding))  # type: ignore[arg-type]
         return config.checked(where)
 
-    def checked(self, where: str) -> Self:
+    def checked(self, where: str) -> "GemmaConfig":
         """This record, if the kernels can run it; else GemmaError, naming `where` and why."""
         for problem in self._problems():
             raise GemmaError(

@@ -44,7 +44,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self, TypedDict, cast
+from typing import BinaryIO, NamedTuple, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,7 +156,7 @@ class Verification:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str, names: Iterable[str], where: str) -> Self:
+    def from_json(cls, text: str, names: Iterable[str], where: str) -> "Verification":
         """What `to_json` wrote, for matrices of these names. Raises GemmaError otherwise."""
         fields = Fields(parse_json_object(text, where), where)
         errors = fields.mapping("errors")

@@ -1,6 +1,5 @@
 """The streaming conversion: one checkpoint in, one model file out, a few rows at a time."""
 
-import hashlib
 import os
 import shutil
 import sys
@@ -20,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from quantize import compensation, grouping, modelfile, packing, search
 from quantize.checkpoint import Checkpoint, SourceTensor
+from quantize.checkpoint.source import file_digest
 from quantize.errors import GemmaError
 from quantize.grid import find_grid
 from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS
@@ -368,8 +368,7 @@ def quantize(
                 verification = verify(ModelFile.open(modelfile.partial_path(output)))
                 writer.set_verification(verification)
             source.check_unchanged()
-        with open(output, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = file_digest(output)
     except OSError as error:
         raise GemmaError(
             f"{output} cannot be written ({error.strerror}); free some space or choose another "

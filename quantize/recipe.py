@@ -10,13 +10,18 @@ or is a TOML file of one's own:
     "*" = "int4"
 """
 
-import tomllib
+import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from quantize.errors import GemmaError, shown
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 FORMAT_OF_BITS = {4: "int4", 8: "int8", 16: "bf16", 32: "f32"}
 GROUP_SIZES = (32, 64, 128)

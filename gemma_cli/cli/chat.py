@@ -29,7 +29,7 @@ def chat(
     stop: options.Stop = None,
     draft: options.Draft = True,
     context: options.Context = None,
-    kv: options.KVFormat = options.KV.F16,
+    kv: options.KVFormat = "f16",
     threads: options.Threads = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Print answers as they are, not as Markdown.")
@@ -77,7 +77,7 @@ def chat(
         session=kept,
         chat=chat,
         context=context,
-        kv=kv.value,
+        kv=kv,
         threads=threads,
         markdown=not (plain or json or ndjson) and terminal.shows_more_than_lines(),
         form=answering.Form(json, ndjson, stats, newline=True),

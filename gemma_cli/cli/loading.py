@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import typer
 
@@ -124,7 +124,7 @@ def cache_bytes(config: GemmaConfig, context: int) -> dict[str, int]:
     from gemma_cli.runtime.kv_cache import KVCache
     from gemma_cli.runtime.model import CHUNK_SIZE
 
-    return {kv.value: KVCache(config, context, kv.value, CHUNK_SIZE).nbytes for kv in KV}
+    return {kv: KVCache(config, context, kv, CHUNK_SIZE).nbytes for kv in get_args(KV)}
 
 
 def context_size(file: ModelFile, asked: int | None, needed: int = 0) -> int:
@@ -175,7 +175,7 @@ def fit(
     kept, over = len(tokens), len(ids) - most
     while over > 0 and kept > 0:  # what is cut can take more tokens than before
         kept = max(0, kept - over)
-        first = {Cut.HEAD: 0, Cut.MIDDLE: (kept + 1) // 2, Cut.TAIL: kept}[cut]
+        first = {"head": 0, "middle": (kept + 1) // 2, "tail": kept}[cut]
         head, tail = tokens[:first], tokens[len(tokens) - (kept - first) :]
         fitting = tokenizer.decode(head) + CUT_MARK + tokenizer.decode(tail)
         ids = make_ids(fitting)

@@ -37,7 +37,7 @@ def map_lines(
     context: options.Context = None,
     truncate: options.Truncate = None,
     batch: options.Batch = BATCH_SIZE,
-    kv: options.KVFormat = options.KV.F16,
+    kv: options.KVFormat = "f16",
     threads: options.Threads = None,
     stats: options.Stats = False,
     ndjson: options.JsonLines = False,
@@ -88,7 +88,7 @@ def map_lines(
     prefix_ids = one[: n_common(one, other)]
     room = loading.ROOM_FOR_ANSWER if max_tokens is None else max_tokens
     size = loading.context_size(loaded.file, context, len(prefix_ids) + room)
-    cache = loaded.model.new_cache(size, kv.value)
+    cache = loaded.model.new_cache(size, kv)
     context_end(loaded.model, cache, prefix_ids, max_tokens)  # raises if it is too long for all
     with answering.reading(loaded.model, len(prefix_ids)) as progress:
         loaded.model.forward(prefix_ids, cache, n_best=1, progress=progress)
@@ -105,7 +105,7 @@ def map_lines(
                 continue
             _, ids, n_cut = loading.fit(loaded.tokenizer, make_ids, line, most, truncate)
             if n_cut:
-                where = f"Line {number}: tokens left out of the {truncate.value}"
+                where = f"Line {number}: tokens left out of the {truncate}"
                 output.note(f"gemma-cli: {where}: {n_cut}.")
             yield ids
 

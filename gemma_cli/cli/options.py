@@ -2,28 +2,18 @@
 
 import os
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from quantize.errors import GemmaError
 
+KV = Literal["f16", "int8"]
+"""Formats of the KV cache."""
 
-class KV(StrEnum):
-    """Formats of the KV cache."""
-
-    F16 = "f16"
-    INT8 = "int8"
-
-
-class Cut(StrEnum):
-    """Where a prompt that does not fit is cut."""
-
-    HEAD = "head"
-    MIDDLE = "middle"
-    TAIL = "tail"
+Cut = Literal["head", "middle", "tail"]
+"""Where a prompt that does not fit is cut."""
 
 
 # The sections of --help.

@@ -254,20 +254,17 @@ def verification_of(checkpoint: "Checkpoint") -> "Callable[[ModelFile], Verifica
 
 def existing(path: Path) -> "Summary":
     """The summary of a model that needs no conversion any more."""
-    import hashlib
-
+    from quantize.checkpoint.source import file_digest
     from quantize.modelfile import ModelFile
     from quantize.pipeline import Summary
 
     file = ModelFile.open(path)
     output.note(f"{path} is there already; --force makes it again.")
-    with open(path, "rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
     return Summary(
         path,
         file.bits_per_weight,
         file.size,
-        sha256,
+        file_digest(path),
         seconds=0.0,
         peak_rss_mb=0.0,
         verification=file.verification,

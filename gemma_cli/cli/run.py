@@ -42,7 +42,7 @@ def run(
     guard: options.Guard = True,
     context: options.Context = None,
     truncate: options.Truncate = None,
-    kv: options.KVFormat = options.KV.F16,
+    kv: options.KVFormat = "f16",
     threads: options.Threads = None,
     session: options.SessionName = None,
     cache_prompt: options.CachePrompt = False,
@@ -139,7 +139,7 @@ def run(
             loaded.tokenizer, lambda text: make_ids(message(text)), text, most, truncate
         )
         if n_cut:
-            output.note(f"gemma-cli: Tokens left out of the {truncate.value}: {n_cut}.")
+            output.note(f"gemma-cli: Tokens left out of the {truncate}: {n_cut}.")
     if cache_prompt:
         # The last part may be anything: these could hardly be more different.
         one, other = (make_ids(message(*texts[:-1], last)) for last in ("a", "0"))
@@ -148,7 +148,7 @@ def run(
     signals.become_exceptions()
     kept.add(message(text))
     try:
-        new_cache = partial(loaded.model.new_cache, kv=kv.value)
+        new_cache = partial(loaded.model.new_cache, kv=kv)
         conversation = Conversation(kept, loaded.model, loaded.tokenizer, new_cache(1), layout)
         room = loading.ROOM_FOR_ANSWER if limit is None else limit
         size = loading.context_size(loaded.file, context, conversation.n_tokens + room)

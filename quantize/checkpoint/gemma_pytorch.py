@@ -57,7 +57,8 @@ def read_config(path: Path) -> Json:
         if len(text) > _LARGEST_CONFIG:
             raise
         try:
-            with warnings.catch_warnings(action="ignore"):  # of odd escapes in strings
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd escapes in strings
                 value = ast.literal_eval(text.decode().strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise no_json from None

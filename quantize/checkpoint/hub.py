@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.checkpoint.architecture import config_from_hf
-from quantize.checkpoint.source import read_file
+from quantize.checkpoint.source import file_digest, read_file
 from quantize.config import parse_json_object
 from quantize.errors import GemmaError
 
@@ -53,10 +53,9 @@ class RemoteFile:
         """Whether a file holds what the hub says."""
         # A blob of git is a header and the file.
         start = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        with path.open("rb") as file:
-            if self.sha256:
-                return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
-            return hashlib.file_digest(file, lambda: start).hexdigest() == self.git_sha1
+        if self.sha256:
+            return file_digest(path) == self.sha256
+        return file_digest(path, start) == self.git_sha1
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What every reader of a checkpoint hands on, whatever the kind of file."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -173,6 +174,18 @@ def map_file(path: Path) -> NDArray[np.uint8]:
         raise GemmaError(f"{path} cannot be read ({reason}); check the file.") from error
     mapped_sizes[path] = mapped.size
     return mapped
+
+
+def file_digest(path: Path, digest: "hashlib._Hash | None" = None) -> str:
+    """The hexadecimal digest of a file's bytes after those that `digest` has; SHA-256 by default.
+
+    Raises OSError.
+    """
+    digest = digest or hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_file(path: Path, limit: int = _LARGEST_SMALL_FILE) -> bytes:
