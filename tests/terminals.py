@@ -19,10 +19,9 @@ import pyte
 from program import program
 
 # The terminal is the program's controlling one, so that Ctrl-C typed there interrupts it.
-START = (
-    "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    "runpy.run_module('gemma_cli', run_name='__main__')"
-)
+CONTROL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+START = f"{CONTROL} import runpy; runpy.run_module('gemma_cli', run_name='__main__')"
+START_OTHER = f"{CONTROL} import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 class _Screen(pyte.HistoryScreen):
@@ -46,6 +45,7 @@ class Terminal:
         width: int = 80,
         height: int = 24,
         timeout: float = 60,
+        start: str = START,
         **environment: str,
     ) -> None:
         self._ours, theirs = os.openpty()
@@ -55,7 +55,7 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         self._set_size(width, height)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", START, *args],
+            [sys.executable, "-c", start, *args],
             env=program(home)[1] | environment,
             stdin=theirs,
             stdout=theirs,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_cli.cli import loading, options, output
+from gemma_cli.cli import completion, loading, options, output
 from quantize.errors import GemmaError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="FILE|NAME",
+            autocompletion=completion.model_names,
             help="The reference to compare with: the same checkpoint with --bits 16 or 32.",
         ),
     ] = None,
@@ -29,6 +30,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="FILE|NAME",
+            autocompletion=completion.model_names,
             help="Another model of the same checkpoint, measured after the first; can be given "
             "several times. --json then has `models`, too, a list of all.",
         ),

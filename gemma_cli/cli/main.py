@@ -12,6 +12,7 @@ from gemma_cli import __version__
 from gemma_cli.cli import (
     bench,
     chat,
+    completion,
     evaluate,
     inspect,
     models,
@@ -45,6 +46,9 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "bench": bench.bench,
         "eval": evaluate.evaluate,
         "tokenize": tokenize.tokenize,
+    },
+    "Around it": {
+        "completion": completion.completion,
     },
 }
 
@@ -85,6 +89,13 @@ for heading, commands in COMMANDS.items():
             app.add_typer(command, name=name, rich_help_panel=heading)
         else:
             app.command(name, cls=help_pages.Command, rich_help_panel=heading)(command)
+app.command(
+    "_complete",
+    cls=help_pages.Command,
+    hidden=True,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+)(completion.complete)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from gemma_cli.cli import completion
 from quantize.errors import GemmaError
 
 KV = Literal["f16", "int8"]
@@ -54,6 +55,7 @@ ModelName = Annotated[
         "--model",
         envvar="GEMMA_CLI_MODEL",
         metavar="FILE|NAME",
+        autocompletion=completion.model_names,
         help="A model file, or a name that `gemma-cli models` lists.",
         show_default="the only one there",
         rich_help_panel=MODEL,
@@ -299,6 +301,7 @@ SessionName = Annotated[
     typer.Option(
         "--session",
         metavar="NAME",
+        autocompletion=completion.session_names,
         help="Go on with this session, or begin it.",
         show_default=False,
         rich_help_panel=PROMPT,

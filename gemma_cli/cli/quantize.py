@@ -13,7 +13,7 @@ from gemma_cli import demo
 from gemma_cli.cli import inspect, loading, options, output, signals
 from gemma_cli.models import SUFFIX, models_folder
 from quantize.errors import GemmaError
-from quantize.recipe import FORMAT_OF_BITS, METHODS, RECIPES
+from quantize.recipe import FORMAT_OF_BITS, GROUP_SIZES, METHODS, RECIPES
 
 if TYPE_CHECKING:
     from quantize.checkpoint import Checkpoint
@@ -50,14 +50,16 @@ def quantize(
         typer.Option(
             callback=options.one_of(*FORMAT_OF_BITS),
             metavar="4|8|16|32",
+            autocompletion=lambda: list(map(str, FORMAT_OF_BITS)),
             help="Bits a weight. 16 (bfloat16) and 32 (float32) are references for eval.",
         ),
     ] = 4,
     group_size: Annotated[
         int,
         typer.Option(
-            callback=options.one_of(32, 64, 128),
+            callback=options.one_of(*GROUP_SIZES),
             metavar="32|64|128",
+            autocompletion=lambda: list(map(str, GROUP_SIZES)),
             help="Weights that share a scale: more are smaller and less exact.",
         ),
     ] = 32,
@@ -65,6 +67,7 @@ def quantize(
         str,
         typer.Option(
             metavar=f"{'|'.join(RECIPES)}|FILE.toml",
+            autocompletion=lambda: list(RECIPES),
             help="Which matrices differ from --bits 4: the embedding takes 8 (default), none do "
             "(small), attention values and feed-forward outputs take 8, too (quality), or as the "
             "file's table says, for example [formats] 'layers.0.*' = 'int8'.",
@@ -75,6 +78,7 @@ def quantize(
         typer.Option(
             callback=options.one_of(*METHODS),
             metavar="|".join(METHODS),
+            autocompletion=lambda: list(METHODS),
             help="How 4-bit weights are found: rtn rounds to the nearest step; search fits levels "
             "and scales to each matrix; gptq also makes later weights atone for earlier ones, "
             "which takes a calibration and the most time.",
@@ -84,6 +88,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="TEXT|default",
+            autocompletion=lambda: [DEFAULT_TEXT],
             help="Run the checkpoint over a text file, or a mixed text that comes with gemma-cli, "
             "to learn which 4-bit weights matter. Default: only for gptq.",
             show_default=False,

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from gemma_cli.cli import completion, options, output
 from gemma_cli.cli import help as help_pages
-from gemma_cli.cli import options, output
 from gemma_cli.session import (
     Session,
     as_markdown,
@@ -34,17 +34,12 @@ gemma-cli sessions export 2026-11-24-041604 talk.md""",
 )
 
 
-def names() -> list[str]:
-    """The sessions' names, what changed last first."""
-    return [path.stem for path in reversed(list_sessions())]
-
-
 Name = Annotated[
     str,
     typer.Argument(
         metavar="NAME",
         help="As `gemma-cli sessions list` shows it.",
-        autocompletion=names,
+        autocompletion=completion.session_names,
         show_default=False,
     ),
 ]
@@ -145,7 +140,10 @@ def remove(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME", help="One or more.", autocompletion=names, show_default=False
+            metavar="NAME",
+            help="One or more.",
+            autocompletion=completion.session_names,
+            show_default=False,
         ),
     ],
 ) -> None:
