@@ -10,17 +10,15 @@ import pytest
 from program import Cli, program
 from terminals import START_OTHER, Terminal
 
-from gemma_cli.cli.completion import Shell
-
 CLEAR_LINE = "\x15"
 
 SHELLS = {
-    Shell.BASH: (["bash", "--norc", "--noprofile", "-i"], "source <(gemma-cli completion bash)"),
-    Shell.ZSH: (
+    "bash": (["bash", "--norc", "--noprofile", "-i"], "source <(gemma-cli completion bash)"),
+    "zsh": (
         ["zsh", "-f", "-i"],
         "autoload -Uz compinit; compinit -u -D; source <(gemma-cli completion zsh)",
     ),
-    Shell.FISH: (["fish", "-N", "-i"], "gemma-cli completion fish | source"),
+    "fish": (["fish", "-N", "-i"], "gemma-cli completion fish | source"),
 }
 # What is typed before Tab, and what the line becomes.
 COMPLETED = {
@@ -75,7 +73,7 @@ def test_nothing_heavy_is_loaded_for_it(home: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_in_a_shell(home: Path, tmp_path: Path, shell: Shell) -> None:
+def test_in_a_shell(home: Path, tmp_path: Path, shell: str) -> None:
     command, setup = SHELLS[shell]
     if not shutil.which(command[0]):
         return  # where there is such a shell
@@ -91,8 +89,10 @@ def test_in_a_shell(home: Path, tmp_path: Path, shell: Shell) -> None:
         *(tmp_path, *command),
         start=START_OTHER,
         width=200,
+        timeout=180,
         **{"PATH": path, "HOME": str(tmp_path), "PS1": "$ ", "HISTFILE": ""},
     ) as terminal:
+        terminal.wait_for("[$#>%]")
         terminal.type(f"cd {tmp_path}; {setup}; echo rea''dy\n")
         terminal.wait_for("(?m)^ready")
         for typed, completed in COMPLETED.items():

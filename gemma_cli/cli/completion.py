@@ -4,8 +4,7 @@ A shell has the program tell what a word can become (`_complete`), since only th
 and sessions that there are. Nothing is loaded for it but the command line's own modules.
 """
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,19 +12,12 @@ from gemma_cli.cli import output
 from gemma_cli.models import list_models
 from gemma_cli.session import list_sessions
 
-
-class Shell(StrEnum):
-    """Shells that there is a script for."""
-
-    BASH = "bash"
-    ZSH = "zsh"
-    FISH = "fish"
-
+Shell = Literal["bash", "zsh", "fish"]
 
 # Each passes the words up to the cursor, the last of them unfinished, and gets lines of a word and
 # what it is. Where there are none, the shell completes names of files.
-SCRIPTS = {
-    Shell.BASH: r"""
+SCRIPTS: dict[Shell, str] = {
+    "bash": r"""
 _gemma_cli() {
     local word about
     COMPREPLY=()
@@ -35,7 +27,7 @@ _gemma_cli() {
 }
 complete -o default -F _gemma_cli gemma-cli
 """,
-    Shell.ZSH: r"""
+    "zsh": r"""
 #compdef gemma-cli
 _gemma_cli() {
     local word about
@@ -55,7 +47,7 @@ else
     compdef _gemma_cli gemma-cli
 fi
 """,
-    Shell.FISH: r"""
+    "fish": r"""
 function __gemma_cli_complete
     set -l words (commandline -opc)
     set -l word (commandline -ct)

@@ -24,7 +24,7 @@ from quantize.errors import GemmaError
 
 app = typer.Typer(
     cls=help_pages.Group,
-    help="List, show, export and remove the conversations that were kept.",
+    help="List, show, export and remove kept conversations.",
     epilog="""\
 Examples
 gemma-cli sessions list
