@@ -8,58 +8,165 @@ H = L L^T, L lower triangular, the error is |(w - q) L|^2, and column k of L see
 after it. So inputs are rounded from the last to the first, each to what is nearest to
 
     w_k + sum over j > k of (w - q)_j L_jk / L_kk
+
+A group's scale is found when the group is reached: of a number of candidates, each with the codes
+that this rounding gives, the one that leaves least of the error's part in the group's columns.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+from numba import literal_unroll, njit
 from numpy.typing import NDArray
 
-from quantize.search import Levels, nearest_codes, search_scales
+from quantize.grouping import rounded_scales
+from quantize.search import STRETCHES, Levels, grid_of
 
 _DAMPING = 0.01
 """Of H's mean diagonal, added to it: inputs that the text hardly used must not be free to take any
 error (GPTQ's value)."""
 
+_COLUMNS = 256  # of the Cholesky factor, found together
 
-def factorize(gram: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The Cholesky factor of a Gram matrix (n_in, n_in), damped, which is overwritten."""
-    diagonal = gram.reshape(-1)[:: len(gram) + 1]
+
+class Factor(NamedTuple):
+    """A Gram matrix as `round_compensated` needs it."""
+
+    order: NDArray[np.intp]
+    """(n_in,), the inputs with those that matter most last, whole groups of them together: what is
+    rounded first, all others can make up for."""
+    lower: NDArray[np.float32]
+    """(n_in, n_in), the Cholesky factor L of the matrix in this order, damped; what is above the
+    diagonal is not part of it"""
+
+
+def factorize(gram: NDArray[np.float32], group_size: int) -> Factor:
+    """gram: (n_in, n_in), symmetric."""
+    groups = gram.diagonal().reshape(-1, group_size)
+    inner = groups.argsort(1, kind="stable") + np.arange(0, len(gram), group_size)[:, None]
+    order = inner[groups.sum(1).argsort(kind="stable")].ravel()
+    lower = gram[np.ix_(order, order)]
+    diagonal = lower.reshape(-1)[:: len(gram) + 1]
     mean = diagonal.mean(dtype=np.float64)
     diagonal += np.float32(_DAMPING * mean if mean > 0 else 1)
-    factor: NDArray[np.float32] = np.linalg.cholesky(gram)
-    return factor
+    # In place, as a feed-forward block's matrix may take a gigabyte; NumPy's needs two more.
+    for start in range(0, len(lower), _COLUMNS):
+        below, block = slice(start, None), slice(start, start + _COLUMNS)
+        lower[below, block] -= lower[below, :start] @ lower[block, :start].T
+        corner = np.linalg.cholesky(lower[block, block])
+        lower[below, block] = np.linalg.solve(corner, lower[below, block].T).T
+        lower[block, block] = corner
+    return Factor(order, lower)
 
 
 def round_compensated(
     rows: NDArray[np.float32],
     group_size: int,
     levels: Levels,
-    importance: NDArray[np.float32],
-    factor: NDArray[np.float32],
+    factor: Factor,
+    shift: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Rounds to the levels of a codebook; a group's scales are searched when it is reached.
+    """Rounds to the levels of a codebook.
 
-    rows: (n_rows, n_in); importance: (n_in,), H's diagonal; factor: (n_in, n_in), of `factorize`
-    -> codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
+    rows: (n_rows, n_in) -> codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
     n_rows, n_in = rows.shape
+    order, lower = factor
+    ordered = rows[:, order]
     codes = np.empty((n_rows, n_in), np.uint8)
     scales = np.empty((n_rows, n_in // group_size), np.float16)
-    grid = np.array(levels, np.float32)
+    grid, middles = grid_of(levels)
+    steps = tuple(zip(middles, np.diff(grid), strict=True))
+    # What lays a weight of 1 on either end of the codebook, or near it.
+    spans = np.outer([grid[0], grid[-1]], STRETCHES).ravel().astype(np.float32)
     errors = np.zeros((n_rows, n_in), np.float32)
     for start in range(n_in - group_size, -1, -group_size):
         stop = start + group_size
-        block, own = slice(start, stop), factor[start:stop, start:stop]
-        # Errors of the groups after this one, in units of each column's L_kk.
-        carried = errors[:, stop:] @ factor[stop:, block]
-        aims = rows[:, block] + carried / own.diagonal()
-        found = search_scales(aims, group_size, levels, importance[block])
-        scales[:, start // group_size] = found[:, 0]
-        scale = found[:, 0].astype(np.float32)
-        for k in range(group_size - 1, -1, -1):
-            aim = rows[:, start + k] + carried[:, k] / own[k, k]
-            chosen = nearest_codes(aim[:, None], found[:, 0], levels)[:, 0]
-            codes[:, start + k] = chosen
-            error = rows[:, start + k] - grid[chosen] * scale
-            errors[:, start + k] = error
-            carried[:, :k] += error[:, None] * own[k, :k]
+        block, own = slice(start, stop), np.ascontiguousarray(lower[start:stop, start:stop])
+        weights = np.ascontiguousarray(ordered[:, block])
+        # Errors of the groups after this one, as these columns of L see them.
+        carried = errors[:, stop:] @ lower[stop:, block]
+        if shift is not None:
+            carried += shift[:, block]
+        best = np.empty(n_rows, np.float32)
+        _search(weights, carried, own, grid[0], steps, spans, best)
+        stored = rounded_scales(best)[0]
+        chosen, lost = np.empty(weights.shape, np.uint8), np.empty_like(weights)
+        _round(weights, carried, own, stored.astype(np.float32), grid, middles, chosen, lost)
+        codes[:, order[block]], errors[:, block] = chosen, lost
+        scales[:, order[start] // group_size] = stored
     return codes, scales
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+def _search(weights, carried, own, lowest, steps, spans, scales):  # type: ignore[no-untyped-def]
+    """Finds a group's scale for each row. With a candidate's codes and their levels l, the error is
+    |c - scale (l L)|^2, c = carried + w L; the best scale for these codes is c (l L) / |l L|^2,
+    which lowers the error by the square of that product / |l L|^2.
+
+    weights, carried: float32 (n, group_size); own: float32 (group_size, group_size), lower
+    triangular; lowest: the first level; steps: as in `search`; spans: float32 (n_candidates,), what
+    the largest weight is laid on; scales: float32 (n,), the result.
+    """
+    n, size = weights.shape
+    n_candidates = len(spans)
+    # One candidate beside the other: all the inner loops are over them.
+    left = np.empty((size, n_candidates), np.float32)
+    scale, inverse, lost, product, square = np.empty((5, n_candidates), np.float32)
+    aims = np.empty(size, np.float32)
+    for i in range(n):
+        largest = np.float32(0)
+        for k in range(size):
+            aims[k] = weights[i, k] + carried[i, k] / own[k, k]
+            if abs(aims[k]) > abs(largest):
+                largest = aims[k]
+        scales[i] = 0
+        if largest == 0:
+            continue
+        for c in range(n_candidates):
+            scale[c] = largest / spans[c]
+            inverse[c] = spans[c] / largest
+            product[c], square[c] = np.float32(0), np.float32(0)
+        for k in range(size):
+            for c in range(n_candidates):
+                left[k, c] = carried[i, k]
+        for k in range(size - 1, -1, -1):
+            w, pivot = weights[i, k], own[k, k]
+            whole = carried[i, k]
+            for j in range(k, size):
+                whole += weights[i, j] * own[j, k]
+            for c in range(n_candidates):
+                x, level = (w + left[k, c] / pivot) * inverse[c], lowest
+                for step in literal_unroll(steps):
+                    level += step[1] if x > step[0] else np.float32(0)
+                lost[c] = w - level * scale[c]
+                seen = (whole - left[k, c] - lost[c] * pivot) * inverse[c]  # (l L)_k
+                product[c] += whole * seen
+                square[c] += seen * seen
+            for j in range(k):
+                for c in range(n_candidates):
+                    left[j, c] += lost[c] * own[k, j]
+        best_gain = np.float32(0)
+        for c in range(n_candidates):
+            if product[c] * product[c] > best_gain * square[c]:
+                best_gain = product[c] * product[c] / square[c]
+                scales[i] = product[c] / square[c]
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+def _round(weights, carried, own, scales, grid, middles, codes, errors):  # type: ignore[no-untyped-def]
+    """Rounds a group with its scales: codes and errors (n, group_size)."""
+    n, size = weights.shape
+    left = np.empty(size, np.float32)
+    for i in range(n):
+        inverse = np.float32(1) / scales[i] if scales[i] != 0 else np.float32(0)
+        for k in range(size):
+            left[k] = carried[i, k]
+        for k in range(size - 1, -1, -1):
+            x, code = (weights[i, k] + left[k] / own[k, k]) * inverse, np.uint8(0)
+            for middle in literal_unroll(middles):
+                code += np.uint8(x > middle)
+            error = weights[i, k] - grid[code] * scales[i]
+            codes[i, k], errors[i, k] = code, error
+            for j in range(k):
+                left[j] += error * own[k, j]

@@ -313,17 +313,21 @@ def quantize(
         importance = statistics.mean_squares if statistics else np.ones(spec.n_in, np.float32)
         levels = fitted[p.name].result() if p.name in fitted else codebook(p, importance)
         writer.set_codebook(p.name, levels)
-        arguments: dict[str, Any] = {
-            "group_size": spec.group_size,
-            "levels": levels,
-            "importance": importance,
-        }
         if method == "search":
-            return partial(search.round_searched, **arguments)
+            return partial(
+                search.round_searched,
+                group_size=spec.group_size,
+                levels=levels,
+                importance=importance,
+            )
         if statistics is None or statistics.gram is None:
             raise ValueError("gptq without Gram matrices")
-        factor = compensation.factorize(statistics.gram.copy())
-        return partial(compensation.round_compensated, factor=factor, **arguments)
+        return partial(
+            compensation.round_compensated,
+            group_size=spec.group_size,
+            levels=levels,
+            factor=compensation.factorize(statistics.gram, spec.group_size),
+        )
 
     def parts(p: PlannedTensor, tensors_done: int) -> Iterator[NDArray[np.uint8]]:
         tensor = source.tensors[p.name]

@@ -19,8 +19,8 @@ _LARGEST_LEVEL = 127
 
 # The group's largest weight is laid on either end of the codebook, stretched by these factors: it
 # may be clipped by a little or leave a little room. Finer steps gained nothing measurable.
-_STRETCHES = np.linspace(0.8, 1.2, 11, dtype=np.float32)
-_FEW_STRETCHES = _STRETCHES[1::2]  # enough to fit a codebook
+STRETCHES = np.linspace(0.8, 1.2, 11, dtype=np.float32)
+_FEW_STRETCHES = STRETCHES[1::2]  # enough to fit a codebook
 
 _SAMPLE = 16_384
 """Groups that a codebook is fitted to. With a quarter of them and five rounds, the divergence of
@@ -79,7 +79,7 @@ def _nearest(values, scales, middles, codes):  # type: ignore[no-untyped-def]
             codes[i, j] = code
 
 
-def _grid(levels: Levels) -> tuple[NDArray[np.float32], tuple[np.float32, ...]]:
+def grid_of(levels: Levels) -> tuple[NDArray[np.float32], tuple[np.float32, ...]]:
     """The levels, and where between them a value goes to the upper one."""
     grid = np.array(levels, np.float32)
     return grid, tuple((grid[1:] + grid[:-1]) / np.float32(2))
@@ -90,7 +90,7 @@ def search_scales(
     group_size: int,
     levels: Levels,
     importance: NDArray[np.float32],
-    stretches: NDArray[np.float32] = _STRETCHES,
+    stretches: NDArray[np.float32] = STRETCHES,
 ) -> NDArray[np.float16]:
     """The scales (n_rows, n_in / group_size) that lose least; they may be negative.
 
@@ -103,7 +103,7 @@ def search_scales(
     mean = importance.mean(dtype=np.float64)
     relative = (importance / mean if mean > 0 else np.ones_like(importance)).astype(np.float32)
     relative = np.maximum(relative, np.float32(1e-4)).reshape(-1, group_size)
-    grid, middles = _grid(levels)
+    grid, middles = grid_of(levels)
     steps = tuple(zip(middles, np.diff(grid), strict=True))
     _search(groups, relative, (grid[0], grid[-1]), steps, stretches, scales)
     return rounded_scales(scales)[0].reshape(len(rows), -1)
@@ -117,7 +117,7 @@ def nearest_codes(
     values: (n, m); scales: (n,).
     """
     codes = np.empty(values.shape, np.uint8)
-    _nearest(values, scales.astype(np.float32), _grid(levels)[1], codes)
+    _nearest(values, scales.astype(np.float32), grid_of(levels)[1], codes)
     return codes
 
 
@@ -126,7 +126,7 @@ def round_searched(
     group_size: int,
     levels: Levels,
     importance: NDArray[np.float32],
-    stretches: NDArray[np.float32] = _STRETCHES,
+    stretches: NDArray[np.float32] = STRETCHES,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """Rounds to the levels of a codebook with searched scales.
 

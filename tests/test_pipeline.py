@@ -211,14 +211,13 @@ def statistics(name: str) -> InputStatistics:
     n_in = matrix_shapes(CONFIG)[name][1]
     x = rng.standard_normal((500, n_in)) @ (np.eye(n_in) + rng.standard_normal((n_in, n_in)) / 8)
     gram = (x.T @ x / len(x)).astype(np.float32)
-    return InputStatistics(np.diag(gram).copy(), np.tril(gram))
+    return InputStatistics(np.diag(gram).copy(), gram)
 
 
 def output_error(file: ModelFile, name: str) -> float:
     """Mean square of what a matrix's outputs lose on such inputs."""
     gram = statistics(name).gram
     assert gram is not None
-    gram = gram + np.tril(gram, -1).T
     error = (dequantized(file, name) - WEIGHTS[name]).astype(np.float64)
     return float(np.einsum("ri,ij,rj->", error, gram, error)) / len(error)
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from quantize import compensation
 from quantize.compensation import factorize, round_compensated
 from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS, round_int4
-from quantize.search import Levels, fit_codebook, round_searched
+from quantize.search import Levels, fit_codebook, round_searched, search_scales
 
 Floats = NDArray[np.float64]
 
@@ -140,13 +141,21 @@ def gptq_codes(
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_compensation_is_gptq(group_size: int) -> None:
     n_in = 192
-    x = correlated_inputs(n_in)
+    x = correlated_inputs(n_in) * np.random.default_rng(9).uniform(0.5, 2, n_in)
     gram = x.T @ x / len(x)
     rows = np.random.default_rng(7).standard_normal((48, n_in)).astype(np.float32)
     importance = np.diag(gram).astype(np.float32)
-    factor = factorize(np.tril(gram).astype(np.float32))
-    codes, scales = round_compensated(rows, group_size, IQ4_NL_LEVELS, importance, factor)
-    expected = gptq_codes(rows.astype(np.float64), gram, scales, group_size, IQ4_NL_LEVELS)
+    factor = factorize(gram.astype(np.float32), group_size)
+    codes, scales = round_compensated(rows, group_size, IQ4_NL_LEVELS, factor)
+    order = factor.order
+    expected = np.empty_like(codes)
+    expected[:, order] = gptq_codes(
+        rows[:, order].astype(np.float64),
+        gram[np.ix_(order, order)],
+        scales[:, order[::group_size] // group_size],
+        group_size,
+        IQ4_NL_LEVELS,
+    )
     # In float32 a weight near the middle between two levels may fall to the other side, and takes
     # what follows in its row along.
     assert (codes == expected).all(1).mean() > 0.9
@@ -160,12 +169,57 @@ def test_compensation_is_gptq(group_size: int) -> None:
     assert output_error((codes, scales)) < 0.8 * output_error(searched)
 
 
+def test_what_matters_most_is_rounded_first_and_groups_stay_whole() -> None:
+    squares = np.random.default_rng(10).exponential(size=192).astype(np.float32)
+    order, lower = factorize(np.diag(squares), 32)
+    groups = order.reshape(-1, 32)
+    assert np.array_equal(np.sort(order), np.arange(192))
+    assert (groups // 32 == groups[:, :1] // 32).all()
+    assert (np.diff(squares[groups].sum(1)) >= 0).all()
+    assert (np.diff(squares[groups]) >= 0).all()
+    damped = squares[order] + 0.01 * squares.mean()
+    np.testing.assert_allclose(np.tril(lower), np.diag(np.sqrt(damped)), rtol=1e-5)
+
+
+def test_the_factor_is_found_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = correlated_inputs(192)
+    gram = (x.T @ x / len(x)).astype(np.float32)
+    monkeypatch.setattr(compensation, "_COLUMNS", 80)
+    order, lower = factorize(gram, 64)
+    damped = gram[np.ix_(order, order)] + 0.01 * np.diag(gram).mean() * np.eye(192)
+    # Rounding in float32 grows with the matrix's condition, here some hundreds.
+    np.testing.assert_allclose(np.tril(lower), np.linalg.cholesky(damped), rtol=1e-3, atol=1e-4)
+
+
+def test_scales_are_found_for_the_codes_that_compensation_gives() -> None:
+    x = correlated_inputs(64)
+    gram = (x.T @ x / len(x)).astype(np.float32)
+    rows = np.random.default_rng(11).standard_normal((64, 64)).astype(np.float32)
+    factor = factorize(gram, 64)
+    lower = np.tril(factor.lower).astype(np.float64)
+
+    def errors(scales: NDArray[np.float16]) -> Floats:
+        """What a row loses with a scale, rounded as in GPTQ's paper."""
+        codes = gptq_codes(
+            rows[:, factor.order].astype(np.float64),
+            gram[np.ix_(factor.order, factor.order)].astype(np.float64),
+            scales,
+            64,
+            IQ4_NL_LEVELS,
+        )
+        steps = scales.astype(np.float64)
+        lost = rows[:, factor.order] - np.array(IQ4_NL_LEVELS)[codes] * steps
+        return np.asarray(((lost @ lower) ** 2).sum(1))
+
+    ours = errors(round_compensated(rows, 64, IQ4_NL_LEVELS, factor)[1])
+    alone = errors(search_scales(rows, 64, IQ4_NL_LEVELS, np.diag(gram).astype(np.float32)))
+    assert ours.sum() < 0.97 * alone.sum()
+
+
 def test_inputs_that_never_occurred_are_rounded_all_the_same() -> None:
     rows = np.random.default_rng(8).standard_normal((4, 64)).astype(np.float32)
     nothing = np.zeros((64, 64), np.float32)
-    codes, scales = round_compensated(
-        rows, 32, IQ4_NL_LEVELS, np.zeros(64, np.float32), factorize(nothing)
-    )
+    codes, scales = round_compensated(rows, 32, IQ4_NL_LEVELS, factorize(nothing, 32))
     alone = round_searched(rows, 32, IQ4_NL_LEVELS, np.zeros(64, np.float32))
     assert np.array_equal(codes, alone[0])
     assert np.array_equal(scales, alone[1])

@@ -159,6 +159,9 @@ class _Sums:
             raise ValueError("there is no text")
         if self._gram is not None:
             self._gram /= np.float32(n_tokens)
+            for start in range(0, len(self._gram), _GRAM_COLUMNS):
+                stop = start + _GRAM_COLUMNS
+                self._gram[start:stop, stop:] = self._gram[stop:, start:stop].T
         return InputStatistics((self._squares / n_tokens).astype(np.float32), self._gram)
 
 
