@@ -182,12 +182,25 @@ class Constraint:
         """Which ids may come next, (vocab_size,); those that end the answer once it has the
         form."""
         size = self._vocabulary.size
-        mask = np.zeros(-(-size // 32), np.int32)
+        bits = np.unpackbits(self._mask().view(np.uint8), count=size, bitorder="little")
+        return bits.view(np.bool_)
+
+    def allows(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of a few ids may come next: in less time than it takes to look at all."""
+        bits: NDArray[np.uint32] = self._mask()[ids >> 5] >> (ids & 31).astype(np.uint32) & 1
+        return bits.astype(np.bool_)
+
+    def _mask(self) -> NDArray[np.uint32]:
+        """A bit for each id, 32 to a word, the lowest first."""
+        mask = np.zeros(-(-self._vocabulary.size // 32), np.uint32)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._check()
-        bits = np.unpackbits(mask.view(np.uint8), count=size, bitorder="little").view(np.bool_)
-        bits[list(self._vocabulary.stop_ids)] = bits[self._vocabulary.eos_id]
-        return bits
+        eos = self._vocabulary.eos_id
+        ends = mask[eos >> 5] >> np.uint32(eos & 31) & np.uint32(1)
+        for stop in self._vocabulary.stop_ids:
+            bit = np.uint32(1 << (stop & 31))
+            mask[stop >> 5] = mask[stop >> 5] | bit if ends else mask[stop >> 5] & ~bit
+        return mask
 
     def accept(self, token: int) -> None:
         """Goes on by an id that is allowed."""

@@ -143,7 +143,7 @@ class Sampler:
         elif self.forced:
             token = self.forced[0]
         else:
-            open_ids = self._open(logits, self.constraint.allowed(), all_there)
+            open_ids = self._open(logits, self.constraint, all_there)
             if open_ids is None:
                 return None
             token = int(open_ids[self._draw(self._penalized(logits, history)[open_ids])])
@@ -154,17 +154,21 @@ class Sampler:
         return token
 
     def _open(
-        self, logits: NDArray[np.float32], allowed: NDArray[np.bool_], all_there: bool
+        self, logits: NDArray[np.float32], constraint: Constraint, all_there: bool
     ) -> NDArray[np.int64] | None:
         """The ids to draw from, rising."""
+        if self.sampling.n_best == 1:  # greedy: mostly the likeliest of all may come
+            likeliest = np.array([np.argmax(logits)])
+            if constraint.allows(likeliest)[0]:
+                return likeliest
         if self._likeliest:
             best = largest(logits, self._likeliest)
-            best = best[allowed[best]]
+            best = best[constraint.allows(best)]
             if best.size:
                 return np.sort(best)
             if not (all_there or self.n_best == 0):
                 return None
-        return np.flatnonzero(allowed)
+        return np.flatnonzero(constraint.allowed())
 
     def _penalized(
         self, logits: NDArray[np.float32], history: Sequence[int]

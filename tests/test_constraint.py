@@ -30,6 +30,7 @@ from gemma_cli.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(tiny_tokenizer.train())
 N_IDS = TOKENIZER.vocab_size + 5  # an embedding can have rows that are no tokens
+ALL = np.arange(N_IDS)
 STOPS = stop_ids(TOKENIZER)
 VOCABULARY = Vocabulary(TOKENIZER, N_IDS, STOPS)
 
@@ -144,8 +145,10 @@ def test_what_is_allowed() -> None:
         beginnings = [i for i, x in enumerate(pieces) if x and any(t.startswith(x) for t in texts)]
         allowed = np.flatnonzero(Constraint(VOCABULARY, grammar).allowed())
         assert allowed.tolist() == beginnings
+        assert np.flatnonzero(Constraint(VOCABULARY, grammar).allows(ALL)).tolist() == beginnings
     any_text = Constraint(VOCABULARY, regex_grammar("(.|\n)*"))
     allowed = any_text.allowed()
+    assert (any_text.allows(ALL) == allowed).all()
     for token in range(N_IDS):
         if token in STOPS:
             assert allowed[token]
@@ -154,6 +157,7 @@ def test_what_is_allowed() -> None:
         elif len(TOKENIZER.token_bytes(token).decode("utf-8", "ignore")):
             assert allowed[token]
     assert not Constraint(VOCABULARY, regex_grammar("a+")).allowed()[list(STOPS)].any()
+    assert not Constraint(VOCABULARY, regex_grammar("a+")).allows(np.array(list(STOPS))).any()
 
 
 def test_forced_ids_are_the_tokenizers() -> None:
@@ -256,6 +260,9 @@ class Maze:
         allowed = np.zeros(VOCAB_SIZE, np.bool_)
         allowed[self._ways(self.ids)] = True
         return allowed
+
+    def allows(self, ids: Any) -> Any:
+        return self.allowed()[ids]
 
     def accept(self, token: int) -> None:
         assert token in self._ways(self.ids)
