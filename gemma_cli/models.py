@@ -41,6 +41,16 @@ def state_folder() -> Path:
     return platformdirs.user_state_path("gemma-cli", appauthor=False)
 
 
+def config_path() -> Path:
+    """The file of defaults: `$GEMMA_CLI_HOME/config.toml`, else in the platform's folder for
+    configurations."""
+    if home := os.environ.get("GEMMA_CLI_HOME"):
+        return Path(home) / "config.toml"
+    import platformdirs  # noqa: PLC0415
+
+    return platformdirs.user_config_path("gemma-cli", appauthor=False) / "config.toml"
+
+
 def list_models() -> list[Path]:
     """The model files in the models folder, by name; hidden files are other programs' or ours
     in the making."""

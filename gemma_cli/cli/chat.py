@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_cli.cli import answering, options, output, signals, terminal
+from gemma_cli.cli import answering, config, options, output, signals, terminal
 from gemma_cli.cli.talk import NotNow, Talk
 from gemma_cli.generation import PromptTooLong
 from gemma_cli.models import find_model, state_folder
@@ -16,6 +16,7 @@ from quantize.errors import GemmaError
 
 
 def chat(
+    invocation: typer.Context,
     model: options.ModelName = None,
     system: options.System = None,
     chat: options.Chat = None,
@@ -72,6 +73,8 @@ def chat(
         seed=seed,
     )
     kept = open_session(session, go_on, no_save)
+    weaker = config.weaker_than(kept, invocation)
+    model = None if "model" in weaker else model
     talk = Talk(
         path=find_model(model or kept.model or None),
         session=kept,
@@ -82,11 +85,11 @@ def chat(
         markdown=not (plain or json or ndjson) and terminal.shows_more_than_lines(),
         form=answering.Form(json, ndjson, stats, newline=True),
     )
-    if system is not None:
+    if system is not None and "system" not in weaker:
         kept.instruct(system or None)
     others = {"max_tokens": max_tokens, "stop": stop, "draft": None if draft else False}
     given = sampling | {name: value for name, value in others.items() if value is not None}
-    kept.set(kept.settings | given)
+    kept.set(kept.settings | {name: value for name, value in given.items() if name not in weaker})
     signals.become_exceptions()
     try:
         if sys.stdin.isatty():

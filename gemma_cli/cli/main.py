@@ -13,6 +13,7 @@ from gemma_cli.cli import (
     bench,
     chat,
     completion,
+    config,
     evaluate,
     inspect,
     models,
@@ -48,6 +49,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "tokenize": tokenize.tokenize,
     },
     "Around it": {
+        "config": config.config,
         "completion": completion.completion,
     },
 }
@@ -104,8 +106,13 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+WITHOUT_DEFAULTS = ("config", "_complete")
+"""Commands that work, too, where the configuration file cannot be used."""
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -113,7 +120,8 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in WITHOUT_DEFAULTS:
+        context.default_map = config.read_defaults(context)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_cli.cli import answering, loading, options, output, signals
+from gemma_cli.cli import answering, config, loading, options, output, signals
 from gemma_cli.generation import n_common
 from gemma_cli.session import Session, named_session
 from quantize.errors import GemmaError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def run(
+    invocation: typer.Context,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="What to answer or go on with.")
     ] = None,
@@ -110,6 +111,10 @@ def run(
 
     # Without a name it is a conversation of one message, in memory.
     kept = Session() if session is None else named_session(session)
+    weaker = config.weaker_than(kept, invocation)
+    given = {name: value for name, value in given.items() if name not in weaker}
+    model = None if "model" in weaker else model
+    system = None if "system" in weaker else system
     loaded = loading.load(model or kept.model or None, threads)
     from gemma_cli.conversation import Conversation
     from gemma_cli.text.chat import Turn, turn_ids
