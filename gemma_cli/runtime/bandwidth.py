@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from gemma_cli.runtime.kernel import entry
 
 BUFFER_BYTES = 512 << 20  # several times any desktop CPU's cache
 
@@ -29,7 +30,7 @@ def read_bandwidth(n_threads: int, repeat: int = 3) -> float:
     return buffer.nbytes / statistics.median(seconds) / 1e9
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@entry
 def total(values: NDArray[np.int64]) -> int:
     """Their sum; four sums in a row, since one chain of additions would wait for itself."""
     a = b = c = d = 0

@@ -9,6 +9,9 @@ from typing import Any
 
 from numba import njit
 
+from gemma_cli.runtime.compilation import FOLDER
+from quantize.compilation import cached
+
 
 def kernel(function: Callable[..., Any]) -> Any:
     """A function that compiled code calls, and only that."""
@@ -18,4 +21,4 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 def entry(function: Callable[..., Any]) -> Any:
     """A function that Python calls, kept on the disk; other threads run while it does."""
-    return njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+    return cached(FOLDER, no_cfunc_wrapper=True)(function)
