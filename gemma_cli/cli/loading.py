@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args
 
 import typer
 
+from gemma_cli import integrity
 from gemma_cli.cli import output
 from gemma_cli.cli.options import KV, Cut
 from gemma_cli.models import find_model
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 DEFAULT_CONTEXT = 4096
 ROOM_FOR_ANSWER = 1024  # beyond a prompt that makes the context longer than its default
+LARGE = 2 * 10**9  # bytes that take more than a second or two to check
 CUT_MARK = "\n[...]\n"
 
 
@@ -57,7 +59,12 @@ Waiting = Callable[[str], AbstractContextManager[None]]
 
 
 def load_model(file: ModelFile, threads: int | None, waiting: Waiting = output.waiting) -> Model:
-    """Compiles the kernels first if this machine has not done so yet."""
+    """Reads a file through that is new or has changed, and compiles the kernels if this machine has
+    not done so yet. Raises GemmaError if the file is damaged."""
+    if not integrity.was_found_whole(file):
+        takes_long = file.size > LARGE
+        with waiting("Checking the model file: once.") if takes_long else nullcontext():
+            integrity.check(file)
     from gemma_cli.runtime import Model
     from gemma_cli.runtime.compilation import needs_compiling
 
