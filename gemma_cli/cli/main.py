@@ -14,6 +14,7 @@ from gemma_cli.cli import (
     chat,
     completion,
     config,
+    doctor,
     evaluate,
     inspect,
     models,
@@ -49,6 +50,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
         "tokenize": tokenize.tokenize,
     },
     "Around it": {
+        "doctor": doctor.doctor,
         "config": config.config,
         "completion": completion.completion,
     },
@@ -106,7 +108,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-WITHOUT_DEFAULTS = ("config", "_complete")
+WITHOUT_DEFAULTS = ("config", "doctor", "_complete")
 """Commands that work, too, where the configuration file cannot be used."""
 
 

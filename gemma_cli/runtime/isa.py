@@ -143,6 +143,9 @@ def _tell_numba(name: str, runs: list[str], features: dict[str, bool]) -> None:
     )
 
 
+FEATURES = _features()
+"""What this CPU has, by LLVM's names."""
+
 NAME = _choose()
 
 AMX = NAME == "amx"

@@ -1,7 +1,7 @@
 """A model: the mapped weights, and the compiled call that turns token ids into logits."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -57,6 +57,17 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
+def bytes_per_token(matrices: Mapping[str, MatrixSpec]) -> int:
+    """Bytes of weights that decoding one token reads, when the likeliest token is wanted.
+
+    Of an output head in two planes that is the first, and the tiles of the second that may hold
+    the likeliest, a few in a thousand, which are not counted.
+    """
+    head = matrices["embed"]
+    low = 8 * head.n_in * packing.n_tiles(head.n_out) if head.format == "int8_planes" else 0
+    return sum(m.nbytes for m in matrices.values()) - low
+
+
 def _shape(config: GemmaConfig) -> Shape:
     return Shape(**{name: getattr(config, name) for name in Shape._fields})
 
@@ -93,14 +104,8 @@ class Model:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that decoding one token reads, when the likeliest token is wanted.
-
-        Of an output head in two planes that is the first, and the tiles of the second that may
-        hold the likeliest, a few in a thousand, which are not counted.
-        """
-        head = self.file.matrices["embed"]
-        low = 8 * head.n_in * self._n_tiles if head.format == "int8_planes" else 0
-        return sum(m.nbytes for m in self.file.matrices.values()) - low
+        """Bytes of weights that decoding one token reads, when the likeliest token is wanted."""
+        return bytes_per_token(self.file.matrices)
 
     def _addresses(self) -> Weights:
         config, file = self.config, self.file
