@@ -44,7 +44,7 @@ def main() -> None:
         home = Path(name)
         (home / "models").symlink_to(models_folder())
         (home / "cache").symlink_to(cache_folder())
-        args = ("chat", "-m", model, "-t", "0", "-n", "60")
+        args = ("chat", "-m", model, "-t", "0")
         with Terminal(
             *(home, *args), width=WIDTH, height=HEIGHT, TERM="xterm-256color", NO_COLOR=""
         ) as terminal:
