@@ -6,7 +6,7 @@ DEMO_MODEL := gemma-3-270m-int4
 # Tests keep their compiled kernels and models here, away from those in use.
 TEST_HOME := $(CURDIR)/.venv/test-home
 
-.PHONY: demo test fuzz kill bench-peers dist lint format clean
+.PHONY: demo test fuzz kill bench-peers bench-quality dist lint format clean
 
 demo: .venv/installed-demo
 	@$(BIN)/gemma-cli models 2>/dev/null | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
@@ -32,6 +32,10 @@ kill: .venv/installed-dev
 # Measures beside llama.cpp; tests/bench_peers.py says what it needs and what ARGS can be.
 bench-peers: .venv/installed-dev
 	@$(BIN)/python tests/bench_peers.py $(ARGS)
+
+# What quantizing costs, beside llama.cpp; tests/bench_quality.py says what ARGS must be.
+bench-quality: .venv/installed-dev
+	@$(BIN)/python tests/bench_quality.py $(ARGS)
 
 # The wheel and the source distribution, in dist/; tests/dist.py says what they are put through.
 dist: .venv/installed-dev

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Means over the tokens of a text, of the vectors x (n_in,) that a matrix is multiplied by."""
+    """Means over the tokens of a text, each as much as it counts, of the vectors x (n_in,) that a
+    matrix is multiplied by."""
 
     mean_squares: NDArray[np.float32]
     """(n_in,), of each input"""

@@ -191,23 +191,23 @@ def compare(options: argparse.Namespace) -> None:
 # llama.cpp
 
 
-def find_peer(folder: Path, instructions: str) -> Path:
+def find_peer(folder: Path, instructions: str, programs: Sequence[str] = PROGRAMS) -> Path:
     """The folder with llama.cpp's programs, which are built if need be."""
     if named := os.environ.get("LLAMA_CPP_BIN"):
-        if missing := [name for name in PROGRAMS if not shutil.which(name, path=named)]:
+        if missing := [name for name in programs if not shutil.which(name, path=named)]:
             raise GemmaError(f"LLAMA_CPP_BIN is {named}, which has no {', '.join(missing)}.")
         return Path(named).resolve()
     build = folder / f"llama.cpp-{instructions}"
-    if not all(shutil.which(name, path=build / "bin") for name in PROGRAMS):
+    if not all(shutil.which(name, path=build / "bin") for name in programs):
         if not shutil.which("cmake"):
             raise GemmaError(
                 "llama.cpp is built with cmake and a C++ compiler: install them, or name a folder "
-                f"that has {', '.join(PROGRAMS)} in LLAMA_CPP_BIN."
+                f"that has {', '.join(programs)} in LLAMA_CPP_BIN."
             )
         configure_peer(peer_source(folder), build, instructions)
         note("Building llama.cpp: ten minutes or more on a few cores.")
         jobs = str(os.cpu_count() or 1)
-        run("cmake", "--build", build, "--parallel", jobs, "--target", *PROGRAMS, shown=True)
+        run("cmake", "--build", build, "--parallel", jobs, "--target", *programs, shown=True)
     return build / "bin"
 
 

@@ -48,6 +48,48 @@ def reference_inputs(
     return seen
 
 
+def token_counts(
+    config: GemmaConfig, weights: dict[str, Array], text: list[NDArray[np.int32]]
+) -> dict[str, NDArray[np.float64]]:
+    """How much each token of a text counts for each matrix."""
+    stream = [weights["embed"][ids] * np.float32(np.sqrt(config.hidden_size)) for ids in text]
+    counts = {}
+    for i in range(config.n_layers):
+        prefix = f"layers.{i}."
+        own = {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
+        done = [calibration.layer(config, own, i, x) for x in stream]
+        stream = [x for x, _, _ in done]
+        for k, names in enumerate(calibration._MATRICES):
+            for name in names:
+                counts[prefix + name] = np.concatenate([c[k] for _, _, c in done]).astype(float)
+    return counts
+
+
+@pytest.mark.parametrize("generation", ["gemma", "gemma3"])
+def test_what_is_added_counts_in_relation_to_the_stream(generation: str) -> None:
+    config, rng = tiny(generation), np.random.default_rng(1)
+    weights = {
+        name.removeprefix("layers.0."): w
+        for name, w in random_weights(config).items()
+        if name.startswith("layers.0.")
+    }
+    x = rng.standard_normal((9, config.hidden_size)).astype(np.float32)
+    after, inputs, counts = calibration.layer(config, weights, 0, x)
+    added = inputs[3] @ weights["ffn_down"].T
+    expected = np.mean(after**2, 1)
+    if generation == "gemma3":  # normalises it first
+        expected *= np.mean(added**2, 1) + config.rms_norm_eps
+    # The epsilon beside the stream's mean square, about 1, is lost in the tolerance.
+    np.testing.assert_allclose(counts[3], 1 / expected, rtol=1e-4)
+    assert (counts[2] == 1).all()
+    # Every token gives weights that sum to 1, whose squares do to at most 1; the first only to
+    # itself, so that it is attended to by 1 at least.
+    attended = counts[0] - 1
+    assert attended[0] >= 1
+    assert attended.sum() <= len(x) * (1 + 1e-6)
+    assert (attended > 0).all()
+
+
 @pytest.mark.parametrize("generation", ["gemma", "gemma2", "gemma3"])
 def test_statistics_are_those_of_the_reference(
     generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -61,10 +103,12 @@ def test_statistics_are_those_of_the_reference(
     gathered = Calibration(checkpoint, text, gram=True)
     weights = dict(reference.read_weights(checkpoint))
     inputs = [reference_inputs(config, weights, ids) for ids in text]
+    counts = token_counts(config, weights, text)
     for name in matrix_shapes(config):
         x = np.concatenate([seen[name] for seen in inputs]).astype(np.float64)
         statistics = gathered(name)
-        gram = x.T @ x / len(x)
+        count = counts.get(name, np.ones(len(x)))
+        gram = (x.T * count) @ x / count.sum()
         # Both work in float32, in another order: a few roundings a layer.
         tolerance = {"rtol": 1e-3, "atol": 1e-4 * np.abs(gram).max()}
         np.testing.assert_allclose(statistics.mean_squares, np.diag(gram), **tolerance)

@@ -2,6 +2,12 @@
 
 The checkpoint itself is run, in float32 and with NumPy, all sequences through one layer before the
 next: so only one layer's weights are in memory, besides the residual stream of every token.
+
+Tokens do not count alike. An error in what attention or a feed-forward block adds to the residual
+stream counts in relation to the stream, which is normalised before it is used; where the sum's new
+part is normalised as well (Gemma 2 and 3), in relation to that, too. Keys and values count as often
+as they are attended to: those of BOS, mostly, for all the tokens after it. On Gemma 3 270M this
+takes a quarter off GPTQ's divergence.
 """
 
 from __future__ import annotations
@@ -100,7 +106,6 @@ def _statistics(
 ) -> Iterator[tuple[tuple[str, ...], InputStatistics]]:
     """The statistics of matrices that share their inputs, and their names; fills `stream`."""
     config, embedding = checkpoint.config, checkpoint.tensors["embed"]
-    n_tokens = sum(map(len, text))
 
     def embed(ids: NDArray[np.int32]) -> Floats:
         unique, where = np.unique(ids, return_inverse=True)
@@ -115,19 +120,24 @@ def _statistics(
             for start in range(0, len(stream), _BATCH):
                 batch = slice(start, start + _BATCH)
                 done = list(pool.map(partial(layer, config, weights, i), stream[batch]))
-                stream[batch] = [x for x, _ in done]
+                stream[batch] = [x for x, _, _ in done]
                 for k, sums in enumerate(gathered):
-                    sums.add(np.concatenate([inputs[k] for _, inputs in done]), pool)
+                    sums.add(
+                        np.concatenate([inputs[k] for _, inputs, _ in done]),
+                        np.concatenate([counts[k] for _, _, counts in done]),
+                        pool,
+                    )
             del weights
             for names, sums in zip(_MATRICES, gathered, strict=True):
-                yield tuple(f"layers.{i}.{name}" for name in names), sums.means(n_tokens)
+                yield tuple(f"layers.{i}.{name}" for name in names), sums.means()
         sums = _Sums(gram)
         norm = checkpoint.tensors["final_norm"].values()
         for start in range(0, len(stream), _BATCH):
             batch = slice(start, start + _BATCH)
             stream[batch] = [rms_norm(x, norm, config.rms_norm_eps) for x in stream[batch]]
-            sums.add(np.concatenate(stream[batch]), pool)
-        yield ("embed",), sums.means(n_tokens)
+            x = np.concatenate(stream[batch])
+            sums.add(x, np.ones(len(x), np.float32), pool)
+        yield ("embed",), sums.means()
 
 
 class _Sums:
@@ -135,12 +145,15 @@ class _Sums:
 
     def __init__(self, with_gram: bool) -> None:
         self._with_gram = with_gram
+        self._count = 0.0
         self._squares: NDArray[np.float64] | None = None
         self._gram: Floats | None = None
 
-    def add(self, x: Floats, pool: ThreadPoolExecutor) -> None:
-        """x: (n, n_in)"""
+    def add(self, x: Floats, counts: Floats, pool: ThreadPoolExecutor) -> None:
+        """x: (n, n_in); counts: (n,), how much each of them counts. Both are overwritten."""
         n_in = x.shape[1]
+        self._count += float(counts.sum(dtype=np.float64))
+        x *= np.sqrt(counts, out=counts)[:, None]
         if self._squares is None:
             self._squares = np.zeros(n_in)
             self._gram = np.zeros((n_in, n_in), np.float32) if self._with_gram else None
@@ -154,15 +167,15 @@ class _Sums:
 
             list(pool.map(columns, range(0, n_in, _GRAM_COLUMNS)))
 
-    def means(self, n_tokens: int) -> InputStatistics:
+    def means(self) -> InputStatistics:
         if self._squares is None:
             raise ValueError("there is no text")
         if self._gram is not None:
-            self._gram /= np.float32(n_tokens)
+            self._gram /= np.float32(self._count)
             for start in range(0, len(self._gram), _GRAM_COLUMNS):
                 stop = start + _GRAM_COLUMNS
                 self._gram[start:stop, stop:] = self._gram[stop:, start:stop].T
-        return InputStatistics((self._squares / n_tokens).astype(np.float32), self._gram)
+        return InputStatistics((self._squares / self._count).astype(np.float32), self._gram)
 
 
 def _layer_weights(checkpoint: Checkpoint, i: int) -> dict[str, Floats]:
@@ -213,25 +226,42 @@ def logits(checkpoint: Checkpoint, x: Floats) -> Iterator[Floats]:
 
 def layer(
     config: GemmaConfig, weights: dict[str, Floats], i: int, x: Floats
-) -> tuple[Floats, tuple[Floats, Floats, Floats, Floats]]:
-    """A sequence's residual stream (n, hidden_size) after layer i, and what its matrices were
-    multiplied by: the inputs of q, k and v, of o, of gate and up, and of down, each (n, n_in)."""
+) -> tuple[Floats, tuple[Floats, ...], tuple[Floats, ...]]:
+    """A sequence's residual stream (n, hidden_size) after layer i, what its matrices were
+    multiplied by, and how much each token counts there: the inputs of q, k and v, of o, of gate and
+    up, and of down, each (n, n_in) and (n,)."""
 
     def norm(y: Floats, name: str) -> Floats:
         return rms_norm(y, weights[name], config.rms_norm_eps) if name in weights else y
 
+    def counts(y: Floats, name: str) -> Floats:
+        # The mean squares of the stream and, if it is normalised, of what was added to it.
+        squares = np.mean(x * x, axis=1) + np.float32(config.rms_norm_eps)
+        if name in weights:
+            squares *= np.mean(y * y, axis=1) + np.float32(config.rms_norm_eps)
+        return np.asarray(1 / squares, np.float32)
+
     h = norm(x, "attn_norm")
-    mixed = _attention(config, weights, i, h)
-    x = x + norm(mixed @ weights["attn_o"].T, "post_attn_norm")
+    mixed, attended = _attention(config, weights, i, h)
+    y = mixed @ weights["attn_o"].T
+    x = x + norm(y, "post_attn_norm")
+    mixed_counts = counts(y, "post_attn_norm")
     h2 = norm(x, "ffn_norm")
     gated = _gelu(h2 @ weights["ffn_gate"].T)
     gated *= h2 @ weights["ffn_up"].T
-    x = x + norm(gated @ weights["ffn_down"].T, "post_ffn_norm")
-    return x, (h, mixed, h2, gated)
+    y = gated @ weights["ffn_down"].T
+    x = x + norm(y, "post_ffn_norm")
+    ones = np.ones(len(x), np.float32)
+    inputs, counted = (h, mixed, h2, gated), (1 + attended, mixed_counts, ones)
+    return x, inputs, (*counted, counts(y, "post_ffn_norm"))
 
 
-def _attention(config: GemmaConfig, weights: dict[str, Floats], i: int, h: Floats) -> Floats:
-    """Causal attention before its output projection, (n, n_heads * head_dim)."""
+def _attention(
+    config: GemmaConfig, weights: dict[str, Floats], i: int, h: Floats
+) -> tuple[Floats, Floats]:
+    """Causal attention before its output projection, (n, n_heads * head_dim), and how much each
+    token is attended to, (n,): the sum of the squares of its weights, as errors add up, averaged
+    over the heads."""
     n, d = len(h), config.head_dim
 
     def heads(name: str, n_heads: int, norm: str) -> Floats:
@@ -257,6 +287,7 @@ def _attention(config: GemmaConfig, weights: dict[str, Floats], i: int, h: Float
     if slides:
         hidden |= behind >= config.sliding_window
     mixed = np.empty((n, config.n_heads, d), np.float32)
+    attended = np.zeros(n, np.float32)
     group = config.n_heads // config.n_kv_heads
     for head in range(config.n_heads):
         scores = q[:, head] @ k[:, head // group].T
@@ -267,7 +298,8 @@ def _attention(config: GemmaConfig, weights: dict[str, Floats], i: int, h: Float
         np.exp(scores, out=scores)
         scores /= scores.sum(1, keepdims=True)
         mixed[:, head] = scores @ v[:, head // group]
-    return mixed.reshape(n, -1)
+        attended += np.einsum("ts,ts->s", scores, scores)
+    return mixed.reshape(n, -1), attended / np.float32(config.n_heads)
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:

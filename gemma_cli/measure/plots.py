@@ -36,6 +36,8 @@ class Point(NamedTuple):
     bits_per_weight: float
     kl: float
     kl_stderr: float
+    series: str = ""
+    """What made it: the points of a series look alike, and there is a legend."""
 
 
 def require() -> None:
@@ -77,21 +79,33 @@ def plot_divergence(path: Path, title: str, points: Sequence[Point]) -> None:
 
     path: with a suffix of SUFFIXES; an existing file is replaced. Raises OSError.
     """
+    all_series = list(dict.fromkeys(point.series for point in points))
     with _axes(path, title) as axes:
         for point in points:
             kl = max(point.kl, _SMALLEST)
             # Downwards no further than a logarithm goes.
             below, above = min(point.kl_stderr, 0.9 * kl), point.kl_stderr
-            axes.errorbar(point.bits_per_weight, kl, yerr=[[below], [above]], fmt="o", capsize=3)
+            which = all_series.index(point.series)
+            color = f"C{which}" if point.series else None
+            at, error = (point.bits_per_weight, kl), [[below], [above]]
+            axes.errorbar(*at, yerr=error, fmt="os^D"[which % 4], color=color, capsize=3)
+            # Names of two series that are equally large do not lie on each other.
+            to_left = which % 2 == 0 and bool(point.series)
             axes.annotate(
                 point.name,
-                (point.bits_per_weight, kl),
-                xytext=(6, 4),
+                at,
+                xytext=(-8 if to_left else 8, 0),
                 textcoords="offset points",
+                horizontalalignment="right" if to_left else "left",
+                verticalalignment="center",
                 parse_math=False,
             )
+        for which, series in enumerate(all_series):
+            if series:
+                axes.plot([], [], "os^D"[which % 4], color=f"C{which}", label=series)
+                axes.legend(frameon=False)
         axes.set_yscale("log")
-        axes.margins(0.1)
+        axes.margins(0.25 if any(all_series) else 0.1, 0.1)
         axes.set_xlabel("bits per weight")
         axes.set_ylabel("KL divergence from the reference (nats)")
 
