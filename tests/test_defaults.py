@@ -112,7 +112,9 @@ def test_mistakes(cli: Cli, file: Path, text: str, reason: str) -> None:
         result = cli(*args)
         assert (result.status, result.out) == (1, "")
         assert re.fullmatch(f"gemma-cli: {re.escape(str(file))} {reason}[^\n]*\\.\n", result.err)
-    assert cli("config", "--path").status == 0
+    for args in (["config", "--path"], ["run", "--help"], ["completion", "bash"]):
+        assert cli(*args).status == 0
+    assert cli("_complete", "--", "run", "-m", "").out == "base\t\nchat\t\n"
 
 
 def test_a_file_that_cannot_be_read(cli: Cli, file: Path) -> None:

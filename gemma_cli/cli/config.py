@@ -193,7 +193,7 @@ def read_defaults(root: Any) -> Defaults:
             known = {key for each in keys.values() for key in each}
             raise GemmaError(
                 f"{path} has {shown(key)}, which is no option of any command"
-                f"{_meant(key, known)}; `gemma-cli config` shows what there is."
+                f"{_meant(key, known)}; `gemma-cli COMMAND --help` lists its options."
             )
         for name in having:
             defaults[name] |= _checked(root, name, keys[name][key], key, value, f"{path} has {key}")
@@ -207,7 +207,7 @@ def read_defaults(root: Any) -> Defaults:
             if key not in keys[name]:
                 raise GemmaError(
                     f"{path} has {shown(key)} in [{name}], which is no option of `gemma-cli {name}`"
-                    f"{_meant(key, keys[name])}; `gemma-cli config {name}` shows what there is."
+                    f"{_meant(key, keys[name])}; `gemma-cli {name} --help` lists them."
                 )
             where = f"{path} has, in [{name}], {key}"
             defaults[name] |= _checked(root, name, keys[name][key], key, value, where)

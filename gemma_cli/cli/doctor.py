@@ -39,9 +39,8 @@ def doctor(
     gemma-cli doctor --json | jq '.models[] | select(.fits) | .name'
     """
     problems: list[str] = []
-    root = invocation.find_root()
     try:
-        root.default_map = config.read_defaults(root)
+        config.read_defaults(invocation.find_root())
     except GemmaError as error:
         problems.append(str(error))
     usable = not problems

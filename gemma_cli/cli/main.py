@@ -108,7 +108,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-WITHOUT_DEFAULTS = ("config", "doctor", "_complete")
+WITHOUT_DEFAULTS = ("config", "doctor", "completion", "_complete")
 """Commands that work, too, where the configuration file cannot be used."""
 
 
@@ -122,7 +122,8 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    if context.invoked_subcommand not in WITHOUT_DEFAULTS:
+    asks_for_help = {"-h", "--help"} & set(sys.argv)
+    if context.invoked_subcommand not in WITHOUT_DEFAULTS and not asks_for_help:
         context.default_map = config.read_defaults(context)
 
 
