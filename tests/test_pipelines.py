@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +253,23 @@ def test_without_a_terminal_or_a_home(home: Path) -> None:
     result = bash(home, f"unset HOME TERM USER LOGNAME LANG; {line} <&-")
     assert (result.returncode, result.stderr) == (0, b"")
     assert result.stdout == bash(home, line).stdout != b""
+
+
+def test_recipes(home: Path) -> None:
+    """Those of the README that are made of more than one program."""
+    result = bash(
+        home,
+        """set -eu -o pipefail
+        printf '%s\\n' ham hen man | gemma map -m base "eat" --choice yes --choice no
+        echo
+        printf '%s\\n' ham hen | while read -r word; do
+            gemma run -m base "$word" --choice "$word!" --choice "$word?" < /dev/null; echo
+        done
+        echo
+        gemma run -m base "a ham" --choice ham | (read -r word || echo "$word")
+        env -i PATH="$PATH" PYTHONPATH="$PYTHONPATH" GEMMA_CLI_HOME="$GEMMA_CLI_HOME" \\
+            bash -c '"$0" -m gemma_cli run -m base "a" --choice here <&-' """
+        + sys.executable,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert re.fullmatch("((yes|no)\n){3}\nham[!?]\nhen[!?]\n\nham\nhere", result.stdout.decode())
