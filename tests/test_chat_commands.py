@@ -79,6 +79,7 @@ def test_help_and_typos(say: Say) -> None:
     assert "Ctrl-C" in shown
     assert "Did you mean /system?" in say("/sytem be lean")
     assert "Did you mean top-k?" in say("/set topk 3")
+    assert "Did you mean temperature?" in say("/set temp 3")
     assert "There are /clear" in say("/zzz")
 
 
@@ -394,13 +395,24 @@ def test_nothing_now(talk: Talk, say: Say) -> None:
     say("ten hens")
 
 
-def test_a_message_that_is_too_long(talk: Talk, say: Say) -> None:
-    chooser = Chooser(talk, "nl")
-    text = "the man met ten men " * 40
+def test_a_message_that_is_too_long(
+    talk: Talk, say: Say, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chooser = Chooser(talk, "nlnd")
+    text = "the man met ten men " * 90
+    n_tokens = sum(talk.ready().count([Turn("user", text)]))
+    assert n_tokens > 800
     assert send(talk, text, instead=False) == text
     assert list(chooser.asked[0]) == ["l", "n"]
-    say(text)
+    assert f"this takes {n_tokens:,}" in say(text)  # doubled as often as it takes, at once
     assert texts(talk) == [text]
+    send(talk, text, instead=False)
+    assert list(chooser.asked[2]) == ["d", "s", "l", "n"]
+
+    longest = talk.file.config.context_length
+    assert send(talk, "hens " * longest, instead=False)
+    assert "The model takes no more" in capsys.readouterr().err
+    assert len(chooser.asked) == 3
 
 
 def test_choosing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

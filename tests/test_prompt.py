@@ -31,9 +31,9 @@ def values(typed: str) -> list[str]:
 
 
 COMMANDS: prompts.Commands = {
-    "/set": ("change something", values),
-    "/sessions": ("list them", lambda typed: []),
-    "/file": ("add a file", None),
+    "/set": ("NAME", "change something", values),
+    "/sessions": ("", "list them", lambda typed: []),
+    "/file": ("PATH", "add a file", None),
 }
 Ask = Callable[..., str | None]
 
@@ -127,7 +127,7 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found = completer.get_completions(Document(text), CompleteEvent())
         return [text[: len(text) + c.start_position] + c.text for c in found]
 
-    assert complete("/se") == ["/set", "/sessions"]
+    assert complete("/se") == ["/set ", "/sessions"]
     assert complete("/set o") == ["/set on", "/set off"]
     assert complete("/set on") == ["/set on"]
     (tmp_path / "notes.txt").touch()

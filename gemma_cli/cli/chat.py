@@ -122,7 +122,7 @@ def converse(talk: Talk, history: Path | None) -> None:
         from gemma_cli.cli.chat_commands import COMMANDS, is_command, obey
         from gemma_cli.cli.prompt import open_prompt
 
-        commands = {name: (command.about, command.values) for name, command in COMMANDS.items()}
+        commands = {name: (c.usage, c.about, c.values) for name, c in COMMANDS.items()}
         prompt = open_prompt(commands, talk.status, history)
         talk.choose = prompt.choose
         output.note("/help shows the commands; Ctrl-D leaves.")
@@ -151,13 +151,17 @@ def send(talk: Talk, text: str, *, instead: bool) -> str:
     files = [f"{name}:\n{content}" for name, content in talk.files.items()]
     try:
         answer = talk.say("\n\n".join([*files, text]), instead=instead)
-    except (KeyboardInterrupt, NotNow):  # while the model was loading; or there is no room
+    except KeyboardInterrupt:  # while the model was loading
+        terminal.forget_keys()
+        return text
+    except NotNow:
         return text
     except PromptTooLong as error:
         output.note(f"{error} Your message is in the prompt again.")
         return text
     if answer.finish_reason == "interrupted" and not answer.ids:
         output.note("Stopped before the answer began: your message is in the prompt again.")
+        terminal.forget_keys()
         return text
     talk.files.clear()
     return ""

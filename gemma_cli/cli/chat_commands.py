@@ -56,7 +56,8 @@ def obey(talk: Talk, line: str) -> str:
 
 
 def _did_you_mean(name: str, names: Collection[str]) -> str:
-    close = get_close_matches(name, names, 1)
+    begun = [each for each in names if name and each.startswith(name)]
+    close = begun if len(begun) == 1 else get_close_matches(name, names, 1)
     return f"Did you mean {close[0]}?" if close else f"There are {', '.join(names)}."
 
 

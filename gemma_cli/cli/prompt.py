@@ -37,9 +37,9 @@ STYLE = Style([("prompt", "bold fg:ansicyan"), ("bottom-toolbar", "noreverse dim
 Values = Callable[[str], Iterable[str]]
 """What a command's argument can be, given what is typed of it."""
 
-Commands = Mapping[str, tuple[str, Values | None]]
-"""What the first word of a message may be: a line about it, and the values of what follows; None
-for the names of files."""
+Commands = Mapping[str, tuple[str, str, Values | None]]
+"""What the first word of a message may be: what follows it, a line about it, and the values of what
+follows; None for the names of files."""
 
 Begin = Callable[[], Future[Any]]
 """Begins what is to be done while someone types."""
@@ -225,11 +225,13 @@ class _CommandCompleter(Completer):
         if not typed.startswith("/") or "\n" in typed:
             return
         if not blank:
-            for command, (about, _) in self._commands.items():
+            for command, (usage, about, _) in self._commands.items():
                 if command.startswith(name):
-                    yield Completion(command, -len(name), display_meta=about)
+                    text = f"{command} " if usage else command
+                    shown = f"{command} {usage}".rstrip()
+                    yield Completion(text, -len(name), display=shown, display_meta=about)
             return
-        _, values = self._commands.get(name, ("", lambda typed: ()))
+        *_, values = self._commands.get(name, ("", "", lambda typed: ()))
         if values is None:
             yield from self._paths.get_completions(Document(argument), event)
             return

@@ -34,24 +34,30 @@ def have_room(talk: Talk, turns: Sequence[Turn]) -> bool:
         capacity = conversation.cache.capacity
         room = min(ROOM, capacity // 8, *([limit] if limit else []))
         counts = conversation.count(turns[session.n_left :])
-        left = capacity - sum(counts)
+        used = sum(counts)
+        left = capacity - used
         if left >= room or not talk.choose:
             return True
-        output.note(
-            f"The context holds {capacity:,} tokens. "
-            + (f"{max(left, 0):,} of them are left for the answer." if left > 0 else "It is full.")
-        )
         choices = {}
         n = _oldest(turns, session.n_left, counts, capacity // 2)
-        if n > session.n_left and conversation.format != "raw":
-            dropped = f"the oldest {n - session.n_left} of {len(counts)} turns"
-            choices["d"] = f"drop {dropped} from it (the session keeps them)"
-            choices["s"] = f"have {dropped} summarised, and the summary in their place"
-        if longer := talk.longer_context():
+        dropped = n - session.n_left
+        if dropped and sum(counts[dropped:]) < capacity and conversation.format != "raw":
+            oldest = f"the oldest {dropped} of {len(counts)} turns"
+            choices["d"] = f"drop {oldest} from it (the session keeps them)"
+            choices["s"] = f"have {oldest} summarised, and the summary in their place"
+        longer = talk.longer_context(used + room)
+        if longer and longer[0] > used:
             size, n_bytes = longer
             choices["l"] = f"make it larger: {size:,} tokens, {output.size(n_bytes)} of memory"
         if left > 0:
             choices["a"] = "answer all the same, and end where it is full"
+        output.note(
+            f"The context holds {capacity:,} tokens, "
+            + (f"and {left:,} are left for the answer." if left > 0 else f"this takes {used:,}.")
+        )
+        if not choices:
+            output.note("The model takes no more: shorten it.")
+            return False
         choices["n"] = "do nothing now"
         match talk.choose(choices):
             case "d":
@@ -60,7 +66,8 @@ def have_room(talk: Talk, turns: Sequence[Turn]) -> bool:
                 if summary := _summarise(conversation, turns[session.n_left : n]):
                     session.leave(n, summary)
             case "l":
-                talk.lengthen_context()
+                assert longer
+                talk.lengthen_context(longer[0])
             case "a":
                 return True
             case _:

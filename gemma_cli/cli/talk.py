@@ -137,22 +137,24 @@ class Talk:
             self.path, self._conversation, self._loading = before
             raise
 
-    def longer_context(self) -> tuple[int, int] | None:
-        """The tokens and the bytes of a context of twice the size, if the model takes more."""
+    def longer_context(self, wanted: int) -> tuple[int, int] | None:
+        """The tokens and the bytes of a context of twice the size, or as many times that as it
+        takes to hold so many tokens, as far as the model goes; None if it goes no further."""
         conversation = self.ready()
         cache, longest = conversation.cache, self.file.config.context_length
         size = min(2 * cache.capacity, longest)
+        while size < min(wanted, longest):
+            size = min(2 * size, longest)
         if size == cache.capacity:
             return None
         return size, conversation.model.new_cache(size, cache.kind).nbytes
 
-    def lengthen_context(self) -> None:
-        conversation, longer = self.ready(), self.longer_context()
-        assert longer
-        cache = conversation.model.new_cache(longer[0], self.kv)
+    def lengthen_context(self, size: int) -> None:
+        conversation = self.ready()
+        cache = conversation.model.new_cache(size, self.kv)
         if conversation.cache.length:
             cache.restore(conversation.cache.state())
-        conversation.cache, self.context = cache, longer[0]
+        conversation.cache, self.context = cache, size
 
     # The conversation
 

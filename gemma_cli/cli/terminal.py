@@ -60,6 +60,12 @@ def interruptible() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
+def forget_keys() -> None:
+    """Drops what was typed and not read yet: it was not meant for a prompt that holds a text."""
+    if termios and sys.stdin.isatty():
+        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+
+
 @contextmanager
 def keys_kept() -> Iterator[None]:
     """What is typed between two prompts is not shown, and goes to the next one."""
