@@ -172,28 +172,31 @@ def test_a_set_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, fo
 
 @pytest.mark.parametrize("name", [name for name in MACHINE_SETS if name != isa.NAME])
 def test_kernels_on_the_other_sets_of_this_machine(name: str, tmp_path: Path) -> None:
-    # The plugin is loaded before any test imports Numba, which then keeps to the set, too.
-    pytest_options = ("-p", "gemma_cli.runtime.isa", "-p", "no:cacheprovider", "-x")
+    """And in memory that ends at an unreadable page (guarded.py)."""
+    # The first plugin is loaded before any test imports Numba, which then keeps to the set, too.
+    plugins = ("-p", "gemma_cli.runtime.isa", "-p", "guarded", "-p", "no:cacheprovider")
     run_python(
         tmp_path,
         "-m",
         "pytest",
-        *pytest_options,
+        "-x",
+        *plugins,
         str(TESTS / "test_kernels.py"),
         GEMMA_CLI_ISA=name,
     )
 
 
 def test_kernels_stay_within_their_arrays(tmp_path: Path) -> None:
-    """Numba's own checks of every index; not of addresses, which test_kernels.py surrounds."""
+    """Numba's own checks of every index; of addresses, unreadable pages before every array."""
     run_python(
         tmp_path,
         "-m",
         "pytest",
         "-x",
-        *("-p", "no:cacheprovider"),
+        *("-p", "guarded", "-p", "no:cacheprovider"),
         str(TESTS / "test_kernels.py"),
         NUMBA_BOUNDSCHECK="1",
+        GUARDED="start",
         GEMMA_CLI_ISA=isa.NAME,
     )
 

@@ -10,6 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import guarded
 import numpy as np
 import pytest
 import twins
@@ -43,6 +44,10 @@ Float32 = NDArray[np.float32]
 GROUP_SIZES = (32, 64, 128)
 FULL_LEVELS = (-128, *IQ4_NL_LEVELS[1:15], 127)
 """A codebook that has int8's lowest level, whose negative is no int8, and its highest."""
+
+# What lies beyond an array must stay as it is; where that is a page that must not even be read
+# (guarded.py), there is nothing between.
+BEYOND = 0 if guarded.installed else 1
 
 TOKEN_COUNTS = (1, 2, matmul.SOME + 1, FEW, FEW + 3)
 
@@ -104,24 +109,24 @@ class Padded:
 
     def __init__(self, x: Float32) -> None:
         n, self.n_in = x.shape
-        shape = n + TOKENS, self.n_in + 96
+        shape = -(-n // TOKENS) * TOKENS + TOKENS * BEYOND, self.n_in + 96 * BEYOND
         self.x = np.full(shape, np.nan, np.float32)
         self.x[:n, : self.n_in] = x
         self.codes = np.full(shape, 99, np.int8)
-        self.scales = np.full((len(self.x), self.n_in // 32 + 5), np.nan, np.float32)
+        self.scales = np.full((len(self.x), self.n_in // 32 + 5 * BEYOND), np.nan, np.float32)
         self.offsets = np.full(self.scales.shape, 99, np.int32)
         n_runs = self.n_in // 32
         blocks = inputs.allocate_blocks(n, self.n_in, exact=True)
-        self.blocks = np.full((len(blocks) + 1, blocks.shape[1]), 99, np.uint16)
+        self.blocks = np.full((len(blocks) + BEYOND, blocks.shape[1]), 99, np.uint16)
         self.inputs = Inputs(
             self.x[:n, : self.n_in],
             self.codes[:n, : self.n_in],
             self.scales[:n, :n_runs],
             self.offsets[:n, :n_runs],
-            self.blocks[:-1],
+            self.blocks[: len(blocks)],
         )
         round_all(self.inputs)
-        assert (self.blocks[-1] == 99).all()
+        assert (self.blocks[len(blocks) :] == 99).all()
 
     def quantized(self) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
         """Codes, scales and offsets, after a look at what lies beyond them."""
@@ -138,18 +143,19 @@ def multiply(matrices: Sequence[twins.Matrix], x: Float32, n_threads: int = 1) -
     codebooks = np.empty((len(matrices), 16), np.uint8)
     table = addresses(matrices, codebooks)
     width = sum(m.n_columns for m in matrices)
-    y = np.full((len(x) + 1, width + 16), np.nan, np.float32)
-    panels = np.full((n_threads, matmul.scratch_bytes(len(x)) + 64), 99, np.uint8)
+    y = np.full((len(x) + BEYOND, width + 16 * BEYOND), np.nan, np.float32)
+    n_bytes = matmul.scratch_bytes(len(x))
+    panels = np.full((n_threads, n_bytes + 64 * BEYOND), 99, np.uint8)
     counters, h = team.counters(1), Padded(x).inputs
     on_threads(
         n_threads,
         lambda thread: run_matmul(
-            counters, thread, n_threads, table, h, y[: len(x)], panels[:, :-64]
+            counters, thread, n_threads, table, h, y[: len(x)], panels[:, :n_bytes]
         ),
     )
     assert np.isnan(y[:, width:]).all()
     assert np.isnan(y[len(x) :]).all()
-    assert (panels[:, -64:] == 99).all()
+    assert (panels[:, n_bytes:] == 99).all()
     return y[: len(x), :width]
 
 
@@ -959,6 +965,21 @@ def test_every_float16_is_loaded() -> None:
     load_all(True, False, FINITE_HALVES, y)
     expected = FINITE_HALVES.view(np.float16).astype(np.float32)
     np.testing.assert_array_equal(y.view(np.uint32), expected.view(np.uint32))
+
+
+def test_infinities_stay_infinite_and_no_numbers_none() -> None:
+    halves = np.array([0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFFFF, 0x7BFF, 0xFBFF, 1] * 2, np.uint16)
+    x, y = np.empty(16, np.float32), np.empty(16, np.uint16)
+    load_all(True, False, halves, x)
+    np.testing.assert_array_equal(x, halves.view(np.float16).astype(np.float32))
+    store_halves(x, y)
+    np.testing.assert_array_equal(y.view(np.float16), halves.view(np.float16))
+    # 65,520 is in the midst of the largest float16 and what would follow it.
+    large = np.float32([65519.99, 65520, 1e5, 3.4e38])
+    x = np.tile(np.concatenate([large, -large]), 2)
+    store_halves(x, y)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(y.view(np.float16), x.astype(np.float16))
 
 
 def test_every_bfloat16_is_loaded() -> None:

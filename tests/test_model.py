@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import guarded
 import numpy as np
 import pytest
 from checkpoints import random_weights, tiny, write_hf
@@ -26,7 +27,7 @@ NAMES = sorted(folder.name for folder in GOLDEN.iterdir())
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp(str(request.param)) / "model.safetensors"
     quantize(open_checkpoint(GOLDEN / str(request.param)), path, bits=8)
-    return Model(ModelFile.open(path), n_threads=2, chunk_size=48)
+    return Model(guarded.weights(ModelFile.open(path)), n_threads=2, chunk_size=48)
 
 
 def random_ids(model: Model, n: int, seed: int = 0) -> NDArray[np.int32]:
@@ -175,7 +176,8 @@ def scaled(tmp_path: Path, generation: str, matrix: str, factor: float, bits: in
     weights[matrix] = weights[matrix] * np.float32(factor)
     folder = write_hf(tmp_path / "checkpoint", config, weights, "F32")
     quantize(open_checkpoint(folder), tmp_path / "a.safetensors", bits=bits, method="rtn")
-    return Model(ModelFile.open(tmp_path / "a.safetensors"), n_threads=2, chunk_size=48)
+    file = guarded.weights(ModelFile.open(tmp_path / "a.safetensors"))
+    return Model(file, n_threads=2, chunk_size=48)
 
 
 @pytest.mark.parametrize("generation", ["gemma", "gemma2", "gemma3"])

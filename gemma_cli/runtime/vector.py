@@ -112,8 +112,11 @@ def _half_to_float(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     bits = b.zext(_load(b, address, ir.VectorType(_I16, LANES)), _VI32)
     magnitude = b.shl(b.and_(bits, _const(_VI32, 0x7FFF)), _const(_VI32, 13))
     sign = b.shl(b.and_(bits, _const(_VI32, 0x8000)), _const(_VI32, 16))
-    value = b.fmul(b.bitcast(magnitude, _VF32), _const(_VF32, 2.0**112))
-    return b.bitcast(b.or_(b.bitcast(value, _VI32), sign), _VF32)
+    value = b.bitcast(b.fmul(b.bitcast(magnitude, _VF32), _const(_VF32, 2.0**112)), _VI32)
+    # Infinities and what is no number have the largest exponent, here as there.
+    endless = b.icmp_unsigned(">=", magnitude, _const(_VI32, 0x7C00 << 13))
+    value = b.select(endless, b.or_(magnitude, _const(_VI32, 0x7F800000)), value)
+    return b.bitcast(b.or_(value, sign), _VF32)
 
 
 def _fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
@@ -706,7 +709,8 @@ def store_scalar(typingctx: Any, address: Any, value: Any):
 def store_f16(typingctx: Any, address: Any, stride: Any, vector: Any):
     """Stores an f32x16 as 16 float16, `stride` bytes apart, rounded to nearest, ties to even.
 
-    |x| must be below 65,504. A stride that is known to be 2 makes it one store.
+    What is rounded beyond 65,504 becomes infinite. A stride that is known to be 2 makes it one
+    store.
     """
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -738,6 +742,11 @@ def _float_to_half(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     subnormal = b.sub(b.bitcast(steps, _VI32), b.bitcast(half, _VI32))
     below = b.icmp_unsigned("<", bits, _const(_VI32, (127 - 14) << 23))
     rounded = b.select(below, subnormal, normal)
+    # What is rounded beyond 65,504 is infinite; what is no number stays none.
+    above = b.icmp_unsigned(">=", bits, _const(_VI32, 0x477FF000))
+    rounded = b.select(above, _const(_VI32, 0x7C00), rounded)
+    no_number = b.icmp_unsigned(">", bits, _const(_VI32, 0x7F800000))
+    rounded = b.select(no_number, _const(_VI32, 0x7E00), rounded)
     return b.trunc(b.or_(rounded, sign), ir.VectorType(_I16, LANES))
 
 
