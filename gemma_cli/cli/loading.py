@@ -20,6 +20,7 @@ from gemma_cli.cli import output
 from gemma_cli.cli.options import KV, Cut
 from gemma_cli.models import find_model
 from quantize.errors import GemmaError
+from quantize.memory import check_memory
 
 if TYPE_CHECKING:
     from gemma_cli.runtime import Model
@@ -32,6 +33,12 @@ T = TypeVar("T")
 DEFAULT_CONTEXT = 4096
 ROOM_FOR_ANSWER = 1024  # beyond a prompt that makes the context longer than its default
 LARGE = 2 * 10**9  # bytes that take more than a second or two to check
+RUNTIME_BYTES = 150_000_000
+"""What Python, the compiled kernels and a tokenizer take, besides the context."""
+
+RUNTIME_ADDRESSES = 150_000_000
+"""The addresses of the libraries, and of what they set aside, besides."""
+
 CUT_MARK = "\n[...]\n"
 
 
@@ -43,9 +50,15 @@ class Loaded:
 
 
 def open_model(name: str | None) -> ModelFile:
+    """Maps a model file. Raises GemmaError if there is not enough memory to run a model, which
+    what this begins to load would not say in words."""
+    path = find_model(name)
+    n_bytes = path.stat().st_size if path.is_file() else 0
+    what = f"Running {path.stem} takes at least"
+    check_memory(RUNTIME_BYTES, what, "end other programs", mapped=RUNTIME_ADDRESSES + n_bytes)
     from quantize.modelfile import ModelFile
 
-    return ModelFile.open(find_model(name))
+    return ModelFile.open(path)
 
 
 def load_tokenizer(file: ModelFile) -> Tokenizer:
@@ -128,10 +141,10 @@ def check_context(file: ModelFile, tokens: int, option: str) -> None:
 
 def cache_bytes(config: GemmaConfig, context: int) -> dict[str, int]:
     """The size of a KV cache for so many tokens, by its format."""
-    from gemma_cli.runtime.kv_cache import KVCache
+    from gemma_cli.runtime.kv_cache import count_bytes
     from gemma_cli.runtime.model import CHUNK_SIZE
 
-    return {kv: KVCache(config, context, kv, CHUNK_SIZE).nbytes for kv in get_args(KV)}
+    return {kv: count_bytes(config, context, kv, CHUNK_SIZE) for kv in get_args(KV)}
 
 
 def context_size(file: ModelFile, asked: int | None, needed: int = 0) -> int:

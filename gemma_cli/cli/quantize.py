@@ -244,9 +244,10 @@ def calibration_of(checkpoint: "Checkpoint", text: str, method: str) -> "Calibra
 
 def verification_of(checkpoint: "Checkpoint") -> "Callable[[ModelFile], Verification]":
     """What compares a file that was made of a checkpoint with it."""
-    from gemma_cli.measure import verification
+    from gemma_cli.measure import calibration, verification
 
     text = verification.held_out_text(checkpoint)
+    calibration.check_room(checkpoint, text, gram=False)  # now, and not after the conversion
 
     def verify(file: "ModelFile") -> "Verification":
         model = loading.load_model(file, None)

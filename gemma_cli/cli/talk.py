@@ -140,14 +140,14 @@ class Talk:
     def longer_context(self, wanted: int) -> tuple[int, int] | None:
         """The tokens and the bytes of a context of twice the size, or as many times that as it
         takes to hold so many tokens, as far as the model goes; None if it goes no further."""
-        conversation = self.ready()
-        cache, longest = conversation.cache, self.file.config.context_length
+        cache, config = self.ready().cache, self.file.config
+        longest = config.context_length
         size = min(2 * cache.capacity, longest)
         while size < min(wanted, longest):
             size = min(2 * size, longest)
         if size == cache.capacity:
             return None
-        return size, conversation.model.new_cache(size, cache.kind).nbytes
+        return size, loading.cache_bytes(config, size)[cache.kind]
 
     def lengthen_context(self, size: int) -> None:
         conversation = self.ready()

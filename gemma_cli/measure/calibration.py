@@ -24,7 +24,9 @@ from gemma_cli.runtime.model import default_threads
 from quantize.checkpoint import Checkpoint
 from quantize.config import GemmaConfig
 from quantize.errors import GemmaError
+from quantize.memory import check_memory
 from quantize.statistics import InputStatistics
+from quantize.tensors import matrix_shapes
 
 Floats = NDArray[np.float32]
 
@@ -72,12 +74,35 @@ def split(
     return [*whole, *text[len(whole) + len(held_out) :]], held_out
 
 
+def check_room(checkpoint: Checkpoint, text: Sequence[NDArray[np.int32]], *, gram: bool) -> None:
+    """Raises GemmaError if there is not enough memory for a Calibration, and for `compensation`
+    with its Gram matrices: for a layer's weights, every token's residual stream, and what a batch
+    makes of them."""
+    config, longest, n_tokens = checkpoint.config, max(map(len, text)), sum(map(len, text))
+    hidden, inner = config.hidden_size, config.intermediate_size
+    attention = config.n_heads * config.head_dim
+    shapes = matrix_shapes(config).items()
+    weights = sum(n * m for name, (n, m) in shapes if name.startswith("layers.0."))
+    # A batch's inputs are there twice when they are joined.
+    batch = _BATCH * longest * 2 * (2 * hidden + attention + inner)
+    batch += default_threads() * longest * (3 * attention + 3 * inner + 2 * longest)
+    # The Gram matrices of all of a layer's inputs; then one, a copy of it, and its factor.
+    widths = (hidden, attention, hidden, inner)
+    grams = sum(n * n for n in widths) + 2 * max(widths) ** 2 if gram else 0
+    check_memory(
+        4 * (weights + n_tokens * hidden + batch + grams),
+        f"Running {checkpoint.path} over {n_tokens} tokens of text takes",
+        "end other programs, or use --method search without --calibrate and --verify",
+    )
+
+
 class Calibration:
     """The input statistics of each matrix, by its name; `quantize.statistics.Calibration`.
 
     Matrices are asked for in the order of the layers, and a layer is run when it is reached. With
     `gram`, Gram matrices are gathered too, which take 4 n_in^2 bytes each while they are in use.
-    When the last was asked for, `stream` is what the output head is multiplied by.
+    When the last was asked for, `stream` is what the output head is multiplied by. Raises
+    GemmaError if there is not enough memory.
     """
 
     stream: list[Floats]
@@ -86,6 +111,7 @@ class Calibration:
     def __init__(
         self, checkpoint: Checkpoint, text: Sequence[NDArray[np.int32]], *, gram: bool
     ) -> None:
+        check_room(checkpoint, text, gram=gram)
         self.stream = []
         self._statistics = _statistics(checkpoint, text, gram, self.stream)
         self._names: tuple[str, ...] = ()

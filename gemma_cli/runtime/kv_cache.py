@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.config import GemmaConfig
+from quantize.memory import check_memory
 
 # Columns of the table that describes the cache to the kernels, a row a layer, int64. Scales are
 # there for int8 only.
 KEYS, VALUES, KEY_SCALES, VALUE_SCALES, CAPACITY = range(5)
 N_COLUMNS = 5
 
-KINDS = {"f16": np.float16, "int8": np.int8}
+KINDS: dict[str, type[np.generic]] = {"f16": np.float16, "int8": np.int8}
 
 BLOCK = 16
 """Positions of a tile of keys; none lies across the end of a ring."""
@@ -46,10 +47,24 @@ class CacheState:
     arrays: Mapping[str, NDArray[np.generic]]
 
 
+def _capacities(config: GemmaConfig, context: int, chunk_size: int) -> list[int]:
+    """The slots of each layer."""
+    ring = config.sliding_window + chunk_size
+    slots = [min(context, ring if slides else context) for slides in config.sliding_layers]
+    return [-(-n // BLOCK) * BLOCK for n in slots]
+
+
+def count_bytes(config: GemmaConfig, context: int, kind: str, chunk_size: int) -> int:
+    """The size of a KVCache."""
+    heads = 2 * sum(_capacities(config, context, chunk_size)) * config.n_kv_heads
+    return heads * (config.head_dim * KINDS[kind]().itemsize + (4 if kind == "int8" else 0))
+
+
 class KVCache:
     """Keys and values of `length` tokens, float16 or int8 with one scale for a head and token.
 
-    Memory is taken from the operating system as it is first used.
+    Memory is taken from the operating system as it is first used; but if it does not have all of
+    it at the beginning, that raises GemmaError.
     """
 
     def __init__(self, config: GemmaConfig, context: int, kind: str, chunk_size: int) -> None:
@@ -59,11 +74,12 @@ class KVCache:
         self.chunk_size = chunk_size
         self.length = 0
         self._reach = 0  # the most tokens before the last truncation
-        self._capacities = [
-            -(-min(context, config.sliding_window + chunk_size if slides else context) // BLOCK)
-            * BLOCK
-            for slides in config.sliding_layers
-        ]
+        self._capacities = _capacities(config, context, chunk_size)
+        check_memory(
+            count_bytes(config, context, kind, chunk_size),
+            f"A context of {context} tokens takes",
+            "choose a smaller one with -c/--context" + (", or --kv int8" if kind == "f16" else ""),
+        )
         heads = sum(self._capacities) * config.n_kv_heads
         values = heads * config.head_dim
         self._data = np.zeros((2, values), KINDS[kind])
