@@ -43,6 +43,7 @@ class Conversation:
         file = self.model.file
         tokenizer = hashlib.sha256(file.tokenizer_model).hexdigest()[:16]
         session.use(model_name(file.path), tokenizer)
+        session.forget_ids_from(self.model.config.vocab_size)
         if session.path and session.turns:
             self.cached = snapshot.restore(snapshot_path(session.path), file, self.cache)
 

@@ -34,7 +34,8 @@ from typing import Any
 from gemma_cli.models import state_folder
 from gemma_cli.space import make_room
 from gemma_cli.text.chat import Turn
-from quantize.errors import GemmaError
+from quantize.config import check_json_size
+from quantize.errors import GemmaError, shown, visible
 
 try:
     import fcntl
@@ -42,6 +43,11 @@ except ImportError:  # Windows, where two programs may write to one session
     fcntl = None  # type: ignore[assignment]
 
 VERSION = 1
+LARGEST = 250_000_000
+"""Bytes of a session's file: some 20 contexts of the largest models, ids included."""
+
+_MOST_VALUES = 3_000_000  # of a line: an answer's ids
+
 SUFFIX, SNAPSHOT_SUFFIX = ".jsonl", ".safetensors"
 
 # JSON leaves these as they are, but a terminal or a strict reader would not.
@@ -90,6 +96,13 @@ class Session:
         if (model, tokenizer) != (self.model, self.tokenizer):
             self._change({"model": model, "tokenizer": tokenizer})
 
+    def forget_ids_from(self, n: int) -> None:
+        """Leaves turns with ids that the model does not have their text alone."""
+        self.turns = [
+            replace(turn, ids=None) if turn.ids and max(turn.ids) >= n else turn
+            for turn in self.turns
+        ]
+
     def instruct(self, system: str | None) -> None:
         if system != self.system:
             self._change({"system": system})
@@ -129,12 +142,16 @@ class Session:
             case {"system": None | str() as system}:
                 self.system = system
             case {"settings": dict(settings)}:
+                if wrong := [name for name, x in settings.items() if not _is_setting(name, x)]:
+                    raise ValueError(
+                        f"its setting {wrong[0]} cannot be {shown(settings[wrong[0]])}"
+                    )
                 self.settings = settings
             case {"role": "user", "text": str(text)}:
                 self.turns.append(Turn("user", text))
             case {"role": "model", "text": str(text), "ids": None | list() | tuple() as ids}:
-                if not all(type(token) is int for token in ids or ()):
-                    raise ValueError("its ids are not numbers")
+                if not all(type(token) is int and 0 <= token < 2**31 for token in ids or ()):
+                    raise ValueError("its ids are none")
                 self.turns.append(Turn("model", text, None if ids is None else tuple(ids)))
                 self.n_answers += 1
             case {"keep": int(n)} if 0 <= n <= len(self.turns):
@@ -160,25 +177,34 @@ class Session:
         it; FileNotFoundError if there is none.
         """
         session = cls(path)
-        session._unwritten = []
+        header, session._unwritten = session._unwritten, []
+        if path.exists() and not path.is_file():  # a pipe would not end
+            raise GemmaError(f"{path} is not a file: give the session another name.")
         try:
             if to_write:
                 session._open(os.O_RDWR)
-            data = path.read_bytes()
+            n_bytes = path.stat().st_size
+            data = path.read_bytes() if n_bytes <= LARGEST else b""
         except FileNotFoundError:
             raise
         except OSError as error:
             raise GemmaError(f"{path} cannot be read: {error.strerror}.") from None
+        if n_bytes > LARGEST:
+            session.close()
+            raise GemmaError(f"{path} has {n_bytes} bytes, more than any conversation: delete it.")
         whole = data.rfind(b"\n") + 1
+        if not whole:  # it was killed in its first line
+            session._unwritten = header
         for n, raw in enumerate(data[:whole].splitlines(), 1):
             try:
-                line = json.loads(raw)
+                line = _read_line(raw)
                 if n == 1 and "gemma_cli" not in line:
                     raise ValueError("it does not begin a session")
                 session._apply(line)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
                 session.close()
-                why = "it is not JSON" if isinstance(error, json.JSONDecodeError) else error
+                readable = not isinstance(error, (UnicodeError, json.JSONDecodeError))
+                why = error if readable else "it is not JSON"
                 raise GemmaError(
                     f"{path} is damaged in line {n} ({why}): delete that line to leave it out."
                 ) from None
@@ -282,6 +308,26 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def _read_line(raw: bytes) -> dict[str, Any]:
+    text = raw.decode()
+    check_json_size(text, _MOST_VALUES)
+    line = json.loads(text)
+    if not isinstance(line, dict):
+        raise ValueError("it is no change of a conversation")
+    return line
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Whether a value is of the type of that option for answers; other names mean nothing here."""
+    if name in {"temperature", "top_p", "min_p", "repeat_penalty"}:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if name in {"top_k", "seed", "max_tokens"}:
+        return type(value) is int and value >= 0
+    if name == "stop":
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return name != "draft" or isinstance(value, bool)
+
+
 def _to_json(line: dict[str, Any]) -> str:
     text = json.dumps(line, ensure_ascii=False)
     return json.dumps(line) if _NOT_PLAIN.search(text) else text
@@ -296,7 +342,7 @@ def sessions_folder() -> Path:
 
 def session_path(name: str) -> Path:
     """Where the session of a name is or would be. Raises GemmaError if it can be none."""
-    if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", name) or visible(name) != name:
         raise GemmaError(
             f"{name!r} cannot be the name of a session: letters, digits and any of . + - _ can, "
             "up to 100."

@@ -34,6 +34,9 @@ LARGEST = 2**30
 """Bytes of a snapshot; what needs more is computed again."""
 
 
+_LARGEST_HEADER = 10_000_000
+
+
 def save(path: Path, file: ModelFile, cache: KVCache, ids: Sequence[int]) -> bool:
     """Writes what the cache holds, `ids`; tells whether there was room for it.
 
@@ -79,6 +82,8 @@ def restore(path: Path, file: ModelFile, cache: KVCache) -> list[int]:
     """
     cache.clear()
     try:
+        if not path.is_file() or path.stat().st_size > LARGEST + _LARGEST_HEADER:
+            return []  # a pipe would not end, and so much was never written
         with safe_open(path, framework="numpy") as snapshot:
             metadata = snapshot.metadata()
             if (metadata["version"], metadata["model"]) != (VERSION, model_key(file)):
@@ -86,7 +91,10 @@ def restore(path: Path, file: ModelFile, cache: KVCache) -> list[int]:
             arrays = {name: snapshot.get_tensor(name) for name in snapshot.keys()}  # noqa: SIM118
         if metadata["sha256"] != _digest(arrays):
             return []
-        ids: list[int] = arrays.pop("ids").tolist()
+        ids_read = arrays.pop("ids")
+        if ids_read.dtype != np.int32 or ids_read.ndim != 1:
+            return []
+        ids: list[int] = ids_read.tolist()
         reach, ring = int(metadata["reach"]), int(metadata["ring"])
         cache.restore(CacheState(len(ids), reach, ring, arrays))
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError):

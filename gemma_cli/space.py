@@ -1,6 +1,8 @@
 """Files that can be made again, and how much of the disk they may take."""
 
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 BUDGET = 4 * 2**30
@@ -9,10 +11,17 @@ BUDGET = 4 * 2**30
 RESERVE = 2**30
 """Bytes of the disk that they leave to others."""
 
+STALE = 3600
+"""Seconds after which nobody writes to a partial file any more."""
+
 
 def make_room(folder: Path, n_bytes: int, budget: int = BUDGET) -> bool:
     """Deletes files of the folder until there is room for n bytes more, those first that were used
-    the longest ago; tells whether there is."""
+    the longest ago; tells whether there is. What a run that was killed had begun goes, too."""
+    for path in folder.glob("*.safetensors.partial"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE:
+                path.unlink()
     found = [(path.stat(), path) for path in folder.glob("*.safetensors")]
     taken = sum(about.st_size for about, _ in found)
     for about, path in sorted(found, key=lambda each: each[0].st_mtime_ns):

@@ -1,15 +1,16 @@
 """Files of every format that is read, mutated by their structure: `make fuzz SECONDS=600`.
 
 A seed is taken apart into what its format is made of: counts, lengths, names and offsets of GGUF,
-the JSON trees of safetensors, model files and config.json, the opcodes of a pickle, the fields of a
-SentencePiece model. Hypothesis changes some of these and puts the file together again; then it may
-change bytes. Whatever comes of it must be read, or be refused by a GemmaError that is one sentence
-with the file's name, within 2 s and 200 MB + 1.5 times the file.
+the JSON trees of safetensors, model files, snapshots, sessions and config.json, the opcodes of a
+pickle, the fields of a SentencePiece model. Hypothesis changes some of these and puts the file
+together again; then it may change bytes. Whatever comes of it must be read, or be refused by a
+GemmaError that is one sentence with the file's name, within 2 s and 200 MB + 1.5 times the file.
 
     python tests/fuzz.py [--seconds N | --examples N] [--target NAME] [--seed N]
 """
 
 import argparse
+import contextlib
 import copy
 import faulthandler
 import hashlib
@@ -46,8 +47,14 @@ from checkpoints import (
 )
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load as load_arrays
 from test_sentencepiece_model import hugging_face
 
+from gemma_cli import snapshot
+from gemma_cli.runtime.kv_cache import KVCache
+from gemma_cli.session import Session, as_markdown, as_messages
+from gemma_cli.text.chat import turn_ids
+from gemma_cli.text.tokenizer import Tokenizer
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.checkpoint.adapter import merge_adapter
 from quantize.errors import GemmaError
@@ -453,6 +460,68 @@ def adapters(draw: Draw) -> Files:
     return {"adapter_config.json": config, "adapter_model.safetensors": data}
 
 
+SAID: list[Json] = [
+    {"gemma_cli": 1, "time": "2026-01-01T00:00:00+00:00"},
+    {"model": "gemma", "tokenizer": "abc"},
+    {"system": "be terse"},
+    {"settings": {"temperature": 0.5, "top_k": 4, "stop": ["x"], "max_tokens": 5, "draft": True}},
+    {"time": "", "role": "user", "text": "hello <end_of_turn>"},
+    {"time": "", "role": "model", "text": "hi", "finish_reason": "stop", "ids": [5, 6]},
+    {"leave": 1, "summary": "they met"},
+    {"keep": 1},
+]
+
+
+@st.composite
+def sessions(draw: Draw) -> Files:
+    lines = [
+        dumped(draw, line if draw(st.integers(0, 5)) else mutated_tree(draw, line))
+        for line in mutated_list(draw, SAID)
+    ]
+    return {"a.jsonl": sometimes(draw, b"".join(line + b"\n" for line in lines))}
+
+
+def mutated_list(draw: Draw, items: list[Any]) -> list[Any]:
+    more = draw(st.lists(st.sampled_from(items), max_size=3))
+    return [item for item in items if draw(st.integers(0, 9))] + more
+
+
+@cache
+def used() -> tuple[ModelFile, bytes]:
+    """A model file and a snapshot of what a cache of it holds."""
+
+    def write(folder: Path) -> None:
+        state = empty_cache()
+        state.length = 20
+        assert snapshot.save(folder / "a.safetensors", file, state, range(20))
+
+    path = Path(tempfile.mkdtemp(prefix="fuzz-model-")) / "a.gemma"
+    path.write_bytes(model_file())
+    file = ModelFile.open(path)
+    return file, folder_files(write)["a.safetensors"]
+
+
+def empty_cache() -> KVCache:
+    return KVCache(CONFIG, 64, "f16", 32)
+
+
+@st.composite
+def snapshots(draw: Draw) -> Files:
+    header, data = header_and_data(used()[1])
+
+    def joined() -> bytes:
+        text = dumped(draw, header)
+        return len(text).to_bytes(8, "little") + text + data
+
+    header = mutated_tree(draw, header)
+    texts = header.get("__metadata__") if isinstance(header, dict) else None
+    if isinstance(texts, dict) and draw(st.integers(0, 3)):
+        with contextlib.suppress(Exception):  # sealed again, if the package reads it at all
+            arrays = load_arrays(joined())
+            texts["sha256"] = snapshot._digest(arrays)
+    return {"a.safetensors": sometimes(draw, joined())}
+
+
 LINES = st.sampled_from(
     [
         *('[formats]', '"embed" = "int8"', '"layers.*" = { format = "int4", group_size = 64 }'),
@@ -520,6 +589,32 @@ def read_recipe(folder: Path) -> None:
         choose(rules, name)
 
 
+TOKENIZER_MODEL = hf_files()["tokenizer.model"]
+
+
+def read_session(folder: Path) -> None:
+    session = Session.open(folder / "a.jsonl", to_write=False)
+    session.forget_ids_from(CONFIG.vocab_size)
+    as_markdown(session)
+    json.dumps(as_messages(session))
+    _, turns = session.context
+    tokenizer = Tokenizer(TOKENIZER_MODEL)
+    parts = turn_ids(tokenizer, turns, None, "transcript") if turns else []
+    for turn, ids in zip(turns, parts, strict=True):
+        assert 0 <= min(ids, default=0) <= max(ids, default=0) < CONFIG.vocab_size
+        if turn.role == "user":
+            assert not any(map(tokenizer.is_control, ids[1:])), turn
+
+
+def read_snapshot(folder: Path) -> None:
+    state, path = empty_cache(), folder / "a.safetensors"
+    ids = snapshot.restore(path, used()[0], state)
+    assert state.length == len(ids)
+    assert all(type(token) is int for token in ids)
+    if not ids:
+        raise GemmaError(f"{path} is ignored.")
+
+
 class Target(NamedTuple):
     files: st.SearchStrategy[Files]
     read: Callable[[Path], None]
@@ -536,6 +631,8 @@ TARGETS: Mapping[str, Target] = {
     "model": Target(models(), read_model),
     "adapter": Target(adapters(), read_adapter),
     "recipe": Target(recipes(), read_recipe),
+    "session": Target(sessions(), read_session),
+    "snapshot": Target(snapshots(), read_snapshot),
 }
 
 
@@ -625,7 +722,7 @@ def main() -> None:
     faulthandler.enable()
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     print(f"The last file of each kind is in {folder}.", flush=True)
-    base(), model_file(), gguf_chunks()
+    base(), used(), gguf_chunks()
     seen = {name: Counter[str]() for name in TARGETS if arguments.target in (None, name)}
     failed = set[str]()
     end, number = time.monotonic() + arguments.seconds, arguments.seed

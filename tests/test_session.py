@@ -91,7 +91,7 @@ def test_wherever_it_is_killed_the_whole_lines_stay(folder: Path) -> None:
     assert session.path
     data = session.path.read_bytes()
     lines = data.splitlines(keepends=True)
-    for cut in range(len(lines[0]), len(data)):
+    for cut in range(len(data)):
         session.path.write_bytes(data[:cut])
         n_whole = data[:cut].count(b"\n")
         again = Session.open(session.path)
@@ -100,7 +100,7 @@ def test_wherever_it_is_killed_the_whole_lines_stay(folder: Path) -> None:
         again.close()
         kept = session.path.read_bytes()
         assert kept.startswith(b"".join(lines[:n_whole]))
-        assert kept.count(b"\n") == n_whole + 1
+        assert kept.count(b"\n") == max(n_whole, 1) + 1  # the first line is made again
         last = Session.open(session.path, to_write=False).turns[-1]
         assert last == Turn("user", "more")
 
@@ -119,6 +119,33 @@ def test_wherever_it_is_killed_the_whole_lines_stay(folder: Path) -> None:
         '{"keep": -1}',
         '{"leave": 9, "summary": null}',
         '{"gemma_cli": 2, "time": ""}',
+        "[" * 100_000,
+        '{"settings": ' + '{"a":' * 100_000,
+        '{"keep": ' + "9" * 5000 + "}",
+        '{"role": "model", "text": "a", "ids": [' + "0," * 3_100_000 + "0]}",
+        '{"role": "model", "text": "a", "ids": [-1]}',
+        '{"role": "model", "text": "a", "ids": [9223372036854775808]}',
+        '{"role": "model", "text": "a", "ids": [true]}',
+        '{"role": "system", "text": "a"}',
+        '{"role": "user", "text": null}',
+        '{"settings": []}',
+        '{"settings": {"temperature": "hot"}}',
+        '{"settings": {"temperature": true}}',
+        '{"settings": {"top_k": 1.5}}',
+        '{"settings": {"seed": -1}}',
+        '{"settings": {"max_tokens": null}}',
+        '{"settings": {"max_tokens": -1}}',
+        '{"settings": {"stop": "x"}}',
+        '{"settings": {"stop": [1]}}',
+        '{"settings": {"draft": 1}}',
+        '{"system": 5}',
+        '{"model": "a", "tokenizer": 5}',
+        '{"leave": 0.5, "summary": null}',
+        '{"leave": 0, "summary": 5}',
+        "NaN",
+        "\ud800",
+        "\0",
+        "",
     ],
 )
 def test_a_damaged_line_is_named(line: str) -> None:
@@ -126,13 +153,46 @@ def test_a_damaged_line_is_named(line: str) -> None:
     talk(session)
     session.close()
     assert session.path
-    with open(session.path, "a") as file:
+    with open(session.path, "a", errors="surrogatepass") as file:
         file.write(line + "\n")
     with pytest.raises(GemmaError, match=r"one\.jsonl is damaged in line 6 .*\.$"):
         Session.open(session.path)
-    session.path.write_text(line + "\n")
-    with pytest.raises(GemmaError, match=r"damaged in line 1"):
+    session.path.write_text(line + "\n", errors="surrogatepass")
+    with pytest.raises(GemmaError, match=r"damaged in line 1") as caught:
         Session.open(session.path)
+    assert len(str(caught.value)) < 400 + len(str(session.path))
+    assert str(caught.value).isprintable()
+
+
+def test_what_is_no_session(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sessions.session_path("one")
+    path.parent.mkdir(parents=True)
+    path.mkdir()
+    with pytest.raises(GemmaError, match=r"one\.jsonl is not a file"):
+        Session.open(path)
+    path.rmdir()
+    os.mkfifo(path)
+    with pytest.raises(GemmaError, match=r"one\.jsonl is not a file"):
+        Session.open(path)
+    path.unlink()
+    monkeypatch.setattr(sessions, "LARGEST", 100)
+    path.write_bytes(b"x" * 101)
+    with pytest.raises(GemmaError, match="has 101 bytes, more than any conversation"):
+        Session.open(path)
+    escapes = ("x\0", "x\x1b[2J", "x\u202e", "x\u200b", "x\u3164", "a\n", "\udcff")
+    for name in ("", "..", "../x", "/x", "a/b", "<eos>", *escapes):
+        with pytest.raises(GemmaError, match="cannot be the name of a session"):
+            sessions.session_path(name)
+
+
+def test_ids_that_the_model_does_not_have_are_dropped() -> None:
+    session = Session()
+    talk(session)
+    session.add(Turn("model", "more", (5, 300)), "stop")
+    session.forget_ids_from(301)
+    assert session.turns[-1].ids == (5, 300)
+    session.forget_ids_from(300)
+    assert [turn.ids for turn in session.turns] == [None, (5, 6), None]
 
 
 def test_two_programs_do_not_write_to_one_session() -> None:

@@ -1,14 +1,19 @@
 """Snapshots of a cache: the same answers as without them, whatever is on the disk."""
 
+import contextlib
+import json
 import os
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from program import load
+from safetensors.numpy import load as load_arrays
 
 from gemma_cli import snapshot, space
 from gemma_cli.runtime import KVCache, Model
@@ -85,6 +90,85 @@ def test_a_damaged_one_is_ignored(model: Model, tmp_path: Path) -> None:
     for cut in rng.integers(0, len(whole), 50):
         path.write_bytes(whole[:cut])
         assert snapshot.restore(path, model.file, cache) == []
+
+
+def header_of(whole: bytes) -> tuple[dict[str, Any], bytes]:
+    length = int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+
+def with_ids(**changes: object) -> Callable[[dict[str, Any]], object]:
+    return lambda header: header["ids"].update(changes)
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no ids": lambda header: header.pop("ids"),
+    "ids as floats": with_ids(dtype="F32"),
+    "ids in rows": with_ids(shape=[10, 10]),
+    "ids as bfloat16": with_ids(dtype="BF16", shape=[200]),
+    "ids of an unknown type": with_ids(dtype="Q4_0"),
+    "no metadata": lambda header: header.pop("__metadata__"),
+    "another version": lambda header: header["__metadata__"].update(version="2"),
+    "another model": lambda header: header["__metadata__"].update(model="0" * 64),
+    "no checksum": lambda header: header["__metadata__"].pop("sha256"),
+    "another checksum": lambda header: header["__metadata__"].update(sha256="0" * 64),
+    "a reach of text": lambda header: header["__metadata__"].update(reach="far"),
+    "a reach of 10,000 digits": lambda header: header["__metadata__"].update(reach="9" * 10_000),
+    "a reach below the length": lambda header: header["__metadata__"].update(reach="5"),
+    "a ring of -1": lambda header: header["__metadata__"].update(ring="-1"),
+    "another ring": lambda header: header["__metadata__"].update(ring="16", reach="400"),
+    "a layer less": lambda header: header.pop("layers.0"),
+    "a layer of another name": lambda header: header.update({"layers.9": header.pop("layers.0")}),
+    "a layer of another type": lambda header: header["layers.0"].update(dtype="I16"),
+    "a layer in another shape": lambda header: header["layers.0"]["shape"].reverse(),
+    "an overlap": lambda header: header["layers.0"].update(header["layers.1"]),
+    "offsets of 2^63": with_ids(data_offsets=[2**63, 2**63 + 400]),
+    "offsets backwards": lambda header: header["ids"]["data_offsets"].reverse(),
+    "a shape of 2^62": with_ids(shape=[2**62, 4]),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_one_is_ignored(
+    model: Model, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    """Also where it is sealed with a checksum that is right."""
+    path = tmp_path / "one.safetensors"
+    assert snapshot.save(path, model.file, filled(model, 100), IDS[:100])
+    header, data = header_of(path.read_bytes())
+    change(header)
+    cache = model.new_cache(400)
+    may_be_sealed = "sha256" in header.get("__metadata__", {})
+    for seal in (False, may_be_sealed and change is not HOSTILE["another checksum"]):
+        if seal:
+            with contextlib.suppress(Exception):  # what the package does not read at all
+                header["__metadata__"]["sha256"] = snapshot._digest(load_arrays(path.read_bytes()))
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+        assert snapshot.restore(path, model.file, cache) == []
+        assert cache.length == 0
+
+
+def test_what_is_no_snapshot_is_ignored(model: Model, tmp_path: Path) -> None:
+    path, cache = tmp_path / "one.safetensors", model.new_cache(400)
+    path.mkdir()
+    assert snapshot.restore(path, model.file, cache) == []
+    path.rmdir()
+    os.mkfifo(path)
+    assert snapshot.restore(path, model.file, cache) == []
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(2**40)  # no such memory
+    assert snapshot.restore(path, model.file, cache) == []
+
+
+def test_what_a_killed_run_had_begun_goes(model: Model, tmp_path: Path) -> None:
+    old, new = tmp_path / "a.safetensors.partial", tmp_path / "b.safetensors.partial"
+    for path in (old, new):
+        path.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    assert snapshot.save(tmp_path / "c.safetensors", model.file, filled(model, 10), IDS[:10])
+    assert sorted(os.listdir(tmp_path)) == [new.name, "c.safetensors"]
 
 
 def test_it_is_not_begun_where_it_cannot_be_kept(
