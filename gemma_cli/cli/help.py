@@ -9,9 +9,11 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from typer import BadParameter
 from typer.core import TyperCommand, TyperGroup
 
-from gemma_cli.cli import terminal
+from gemma_cli.cli import output, terminal
+from quantize.errors import visible
 
 if TYPE_CHECKING:
     from typer import Context
@@ -59,6 +61,13 @@ class Command(_Page, TyperCommand):  # type: ignore[misc]
 class Group(_Page, TyperGroup):  # type: ignore[misc]
     """Commands, also in sections; of the epilog each paragraph is a section, its first line the
     heading and the others a name and what there is to say of it, two blanks apart."""
+
+    def invoke(self, ctx: "Context") -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except BadParameter as error:  # names of files can stand in it
+            error.message = output.clean(visible(error.message))
+            raise
 
     def format_help_text(self, ctx: "Context", formatter: Any) -> None:  # type: ignore[override]
         _write_text(formatter, self.help or "")

@@ -29,7 +29,8 @@ from gemma_cli.cli import (
 from gemma_cli.cli import help as help_pages
 from gemma_cli.cli import map as map_lines
 from gemma_cli.generation import PromptTooLong
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, visible
+from quantize.memory import check_memory
 
 COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
     "Use a model": {
@@ -102,6 +103,10 @@ app.command(
 )(completion.complete)
 
 
+_BYTES, _MAPPED = 50_000_000, 100_000_000 + 40_000_000 * (os.cpu_count() or 1)
+"""What the program takes before it does anything, and in addresses: those of its threads most."""
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         output.write(f"gemma-cli {__version__}\n")
@@ -140,17 +145,19 @@ def execute() -> int:
     _prepare_streams()
     try:
         try:
+            # Where NumPy is loaded, its library of linear algebra would complain in its own words.
+            check_memory(_BYTES, "gemma-cli takes at least", "end other programs", mapped=_MAPPED)
             app(prog_name="gemma-cli")
         finally:
             sys.stdout.flush()
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else 0
     except GemmaError as error:
-        output.note(f"gemma-cli: {error}")
+        output.note(f"gemma-cli: {visible(str(error))}")
         return 3 if isinstance(error, PromptTooLong) else 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        output.note(f"gemma-cli: {where}{error.strerror or error}.")
+        output.note(visible(f"gemma-cli: {where}{error.strerror or error}."))
     except MemoryError:
         output.note("gemma-cli: There is not enough memory; try a smaller -c/--context.")
     except Exception as error:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from quantize.errors import visible
+
 # C0 but newline and tab, DEL, and C1: a terminal could take them for commands (OWASP LLM05).
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Bytes that are not UTF-8, as Python holds them in a string.
@@ -31,7 +33,11 @@ def write_json(value: object) -> None:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of equally many cells in columns, with no frame: easy to read, cut and grep."""
+    """Rows of equally many cells in columns, with no frame: easy to read, cut and grep.
+
+    Names in them show all that they hide, and command nothing.
+    """
+    rows = [[clean(visible(cell)).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = ([cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows)
     return ["  ".join(row).rstrip() for row in cells]
