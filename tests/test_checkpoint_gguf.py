@@ -367,6 +367,8 @@ MALFORMED = {
     "offset 2^64 - 32": file_of(VALUES, [INFOS[0], info("b", (4, 2), offset=2**64 - 32)]),
     "overlap": file_of(VALUES, [INFOS[0], info("b", (4, 2), offset=0)]),
     "first tensor not first": file_of(VALUES, [info("a", (5,), offset=32)]),
+    "a row too few": file_of(VALUES, [INFOS[0], info("b", (4,), offset=32)], bytes(96)),
+    "bytes behind the tensors": file_of(VALUES, INFOS, bytes(65)),
     "a row too many": file_of(VALUES, [INFOS[0], info("b", (4, 3), offset=32)]),
 }
 
@@ -394,7 +396,8 @@ def test_handmade_file(tmp_path: Path) -> None:
 def test_own_alignment(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     values = [value(ALIGNMENT, U32, struct.pack("<I", 8))]
-    path.write_bytes(file_of(values, [INFOS[0], info("b", (4, 2), offset=24)]))
+    # The data begin 24 bytes before the next multiple of 32.
+    path.write_bytes(file_of(values, [INFOS[0], info("b", (4, 2), offset=24)], bytes(32)))
     assert read_gguf(path)[1]["b"].shape == (2, 4)
 
 

@@ -6,8 +6,10 @@ Files that are merely damaged are with the tests of their readers, and mutated o
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch_files
@@ -320,15 +322,21 @@ def test_model_files(tmp_path: Path, text: str) -> None:
 DELTAS = (-(2**63), -4096, -34, -32, -18, -2, -1, 1, 2, 18, 32, 34, 4096, 2**63)
 
 
-def test_gguf_offsets(tmp_path: Path) -> None:
+def test_gguf_offsets_and_sizes(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, "Q8_0")
     data = path.read_bytes()
     reader = GGUFReader(path)
-    places = [int(t.field.parts[-1].ctypes.data) for t in reader.tensors]
     start = reader.data.ctypes.data
-    assert len(places) == len(WEIGHTS)
+    # Of each tensor the offset, which is stated last, and the two or three numbers of its shape.
+    places = [
+        int(numbers.ctypes.data) - start + 8 * i
+        for t in reader.tensors
+        for numbers in (t.field.parts[-1], t.field.parts[3])
+        for i in range(len(numbers))
+    ]
+    assert len(places) == sum(1 + values.ndim for values in WEIGHTS.values())
     output = tmp_path / "models" / "a.safetensors"
-    for place in (place - start for place in places):
+    for place in places:
         offset = struct.unpack_from("<Q", data, place)[0]
         for delta in DELTAS:
             changed = bytearray(data)
@@ -339,7 +347,7 @@ def test_gguf_offsets(tmp_path: Path) -> None:
     assert not output.parent.exists()
 
 
-def test_safetensors_offsets(tmp_path: Path) -> None:
+def test_safetensors_offsets_and_sizes(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "x", CONFIG, WEIGHTS)
     path = folder / "model.safetensors"
     data = path.read_bytes()
@@ -348,14 +356,36 @@ def test_safetensors_offsets(tmp_path: Path) -> None:
     output = tmp_path / "models" / "a.safetensors"
     for name in list(header)[1:]:
         for delta in DELTAS:
-            for moved in ((1, 0), (0, 1), (1, 1)):
+            for moved in ((1, 0), (0, 1), (1, 1), "shape"):
                 changed = header | {name: dict(header[name])}
-                at = header[name]["data_offsets"]
-                changed[name]["data_offsets"] = [at[i] + moved[i] * delta for i in range(2)]
+                if moved == "shape":
+                    first, *others = header[name]["shape"]
+                    changed[name]["shape"] = [first + delta, *others]
+                else:
+                    at = header[name]["data_offsets"]
+                    changed[name]["data_offsets"] = [at[i] + moved[i] * delta for i in range(2)]
                 text = json.dumps(changed).encode()
                 path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
                 with pytest.raises(GemmaError, match=str(path)):
                     quantize(open_checkpoint(folder), output, bits=8)
+    assert not output.parent.exists()
+
+
+def test_ckpt_offsets_and_sizes(tmp_path: Path) -> None:
+    tensors = torch_files.gemma_pytorch_tensors(CONFIG, WEIGHTS)
+    path = torch_files.write_ckpt(tmp_path / "x", CONFIG, tensors)
+    output = tmp_path / "models" / "a.safetensors"
+    for name, t in tensors.items():
+        n_items, (first, *others) = int(np.prod(t.shape)), t.shape
+        for delta in (-1, 1, 32, 2**63):
+            for changed in (
+                replace(t, offset=delta),
+                replace(t, n_items=n_items + delta),
+                replace(t, shape=(first + delta, *others)),
+            ):
+                path.write_bytes(torch_files.saved(tensors | {name: changed}))
+                with pytest.raises(GemmaError, match=str(path)):
+                    quantize(open_checkpoint(path), output, bits=8)
     assert not output.parent.exists()
 
 
@@ -370,6 +400,7 @@ def test_values_are_shown_short_and_on_one_line() -> None:
         loop,
         16**5000,
         {1: 2},
+        "\u3164\u00ad\u200b",
     ):
         assert len(shown(worst)) <= 200
         assert shown(worst).isprintable()

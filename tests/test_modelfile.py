@@ -408,6 +408,18 @@ def test_a_header_that_contradicts_itself_is_refused(
         ModelFile.open(path)
 
 
+def test_no_tensor_may_lie_elsewhere_or_have_another_size(original: Path, tmp_path: Path) -> None:
+    header, tensors = split(original)
+    for name in header.keys() - {"__metadata__"}:
+        for by in (-1, 64, 2**63):
+            for damage in (moved(name, by, 0), moved(name, 0, by), moved(name, by, by)):
+                changed = header | {name: json.loads(json.dumps(header[name]))}
+                damage(changed)
+                path = join(tmp_path / "a.safetensors", changed, tensors)
+                with pytest.raises(GemmaError, match=f"{path} .*; convert"):
+                    ModelFile.open(path)
+
+
 def test_norms_shorter_throughout_are_refused(original: Path, tmp_path: Path) -> None:
     header, tensors = split(original)
     stop = header["tokenizer"]["data_offsets"][1]

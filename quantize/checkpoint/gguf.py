@@ -247,6 +247,8 @@ def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, GGUFTensor]]:
         rows = data[start : start + nbytes].reshape(-1, row_bytes)
         tensors[name] = GGUFTensor(name, shape, dtype.name, nbytes, rows)
         end = start + -(-nbytes // alignment) * alignment
+    if data.size > end:
+        raise cursor.damaged(f"its tensors end at {end} of {data.size} bytes")
     return metadata, tensors
 
 
