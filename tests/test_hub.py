@@ -47,6 +47,8 @@ class Hub:
     corrupt: str = ""  # a file of which a byte is changed on its way
     stated_sha256: str | None = None
     stated_sha1: str | None = None
+    stated_info: bytes | None = None  # the whole answer
+    stated_commit: str = COMMIT
     status: int = 0  # of every answer
     requests: Counter[str] = field(default_factory=Counter)
     ranges: list[str] = field(default_factory=list)
@@ -116,14 +118,14 @@ class Handler(BaseHTTPRequestHandler):
             if revision not in {"", "main", "v1", "refs/pr/1", COMMIT}:
                 self.answer(404, X_Error_Code="RevisionNotFound")
                 return
-            body = json.dumps(hub.info()).encode()
+            body = json.dumps(hub.info()).encode() if hub.stated_info is None else hub.stated_info
             self.answer(200, body, Content_Type="application/json")
             return
         name = path.rpartition("/")[2]
         if hub.gated and self.headers["Authorization"] != "Bearer right":
             self.answer(403 if self.headers["Authorization"] else 401, X_Error_Code="GatedRepo")
             return
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hub.etag(name)}"'}
+        headers = {"X-Repo-Commit": hub.stated_commit, "ETag": f'"{hub.etag(name)}"'}
         if name.endswith(LARGE) and hub.cdn:
             linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(hub.files[name]))}
             self.answer(302, Location=f"{hub.cdn_url}/cdn/{name}", **headers, **linked)
@@ -374,6 +376,71 @@ def test_checksums_that_are_none(remote_hub: Hub) -> None:
         remote_hub.stated_sha1 = digest
         with pytest.raises(GemmaError, match=r"no checksum of config\.json"):
             hub.look_up(SOURCE)
+
+
+def stated(**changes: object) -> dict[str, object]:
+    return {"id": "google/gemma-tiny", "sha": COMMIT, "siblings": []} | changes
+
+
+def sibling(**changes: object) -> dict[str, object]:
+    entry = {"rfilename": "config.json", "size": 9, "blobId": "0" * 40}
+    return stated(siblings=[entry | changes])
+
+
+ANSWERS: dict[str, object] = {
+    "nothing": b"",
+    "no JSON": b"<html>\x1b]0;x\x07",
+    "no UTF-8": b"\xff\xfe{}",
+    "no object": [],
+    "a number": 5,
+    "nested": b'{"id": ' + b"[" * 100_000,
+    "a number of 5000 digits": b'{"id": "x", "sha": ' + b"9" * 5000 + b"}",
+    "no id": {},
+    "an id that is a list": stated(id=[]),
+    "no commit": stated(sha=None),
+    "a commit elsewhere": stated(sha="../../../evil"),
+    "a commit of escapes": stated(sha="\x1b[2J\u202e"),
+    "a commit that is an object": stated(sha={}),
+    "files that are a text": stated(siblings="x"),
+    "files that are numbers": stated(siblings=[1, 2]),
+    "files without names": stated(siblings=[{}]),
+    "no files": stated(),
+    "a name elsewhere": sibling(rfilename="../../config.json"),
+    "an absolute name": sibling(rfilename="/etc/passwd"),
+    "a name with NUL": sibling(rfilename="config.json\0"),
+    "a name of escapes": sibling(rfilename="\x1b]52;c;AA\x07.gguf"),
+    "a name that is a number": sibling(rfilename=5),
+    "a negative size": sibling(size=-1),
+    "a size of text": sibling(size="9"),
+    "a size of 10^30": sibling(size=10**30),
+    "a checksum that is a list": sibling(blobId=[]),
+    "a checksum elsewhere": sibling(lfs={"sha256": "../x", "size": 9, "pointerSize": 1}),
+    "large file storage of text": sibling(lfs="x"),
+    "large file storage without a checksum": sibling(lfs={"size": 9}),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_hostile_answers(remote_hub: Hub, tmp_path: Path, answer: object) -> None:
+    body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    remote_hub.stated_info = body
+    with pytest.raises(GemmaError) as caught:
+        fetch()
+    sentence = str(caught.value)
+    assert sentence.isprintable(), ascii(sentence)
+    assert "gemma-tiny" in sentence
+    assert len(sentence) < 1000
+    assert not list(tmp_path.rglob("config.json"))
+
+
+def test_files_of_another_commit(remote_hub: Hub, tmp_path: Path) -> None:
+    """Also one whose name leads elsewhere: nothing is put there."""
+    for commit in ("d" * 40, "../../../../evil", "/tmp/evil"):
+        remote_hub.stated_commit = commit
+        with pytest.raises(GemmaError):
+            fetch()
+        assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
+        assert not Path("/tmp/evil").exists()
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])

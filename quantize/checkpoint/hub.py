@@ -16,12 +16,12 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantize.checkpoint.architecture import config_from_hf
 from quantize.checkpoint.source import file_digest, read_file
 from quantize.config import parse_json_object
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, shown
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -113,6 +113,13 @@ def look_up(source: str) -> Remote:
             if not isinstance(cached, str):
                 raise
             return Remote(repo, revision, Path(cached).parent.name, ())
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise _not_understood(source, shown(str(error))) from error
+    # What is told here becomes names of files.
+    if not isinstance(info.sha, str) or not re.fullmatch("[0-9a-f]{40}", info.sha):
+        raise _not_understood(source, f"its commit is {shown(info.sha)}")
+    if wrong := [file for file in info.siblings or () if not _is_plain(file)]:
+        raise _not_understood(source, f"a file is {shown(wrong[0].rfilename)}")
     files = {
         file.rfilename: RemoteFile(
             file.rfilename,
@@ -128,7 +135,25 @@ def look_up(source: str) -> Remote:
         # A checksum becomes the name of a file.
         if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", file.sha256 or file.git_sha1):
             raise GemmaError(f"The hub states no checksum of {file.name} in {source}; try later.")
-    return Remote(repo, revision, str(info.sha), tuple(wanted))
+    return Remote(repo, revision, info.sha, tuple(wanted))
+
+
+def _is_plain(file: Any) -> bool:
+    """Whether what the hub says of a file is of the types that it should be."""
+    checksum = file.lfs.sha256 if file.lfs else file.blob_id
+    size = 0 if file.size is None else file.size
+    return (
+        isinstance(file.rfilename, str)
+        and type(size) is int
+        and 0 <= size < 2**60
+        and (checksum is None or isinstance(checksum, str))
+    )
+
+
+def _not_understood(source: str, what: str) -> GemmaError:
+    return GemmaError(
+        f"The hub's answer to a question for {source} cannot be understood ({what}); try later."
+    )
 
 
 def _needed(names: Collection[str], source: str) -> list[str]:
