@@ -6,7 +6,7 @@ DEMO_MODEL := gemma-3-270m-int4
 # Tests keep their compiled kernels and models here, away from those in use.
 TEST_HOME := $(CURDIR)/.venv/test-home
 
-.PHONY: demo test fuzz kill bench-peers bench-quality dist lint format clean
+.PHONY: demo test fuzz kill guard bench-peers bench-quality dist lint format clean
 
 demo: .venv/installed-demo
 	@$(BIN)/gemma-cli models 2>/dev/null | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
@@ -28,6 +28,18 @@ fuzz: .venv/installed-dev
 KILLS ?= 200
 kill: .venv/installed-dev
 	KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_pipeline.py -k killed_at_any_time
+
+# All kernels and whole models, on each instruction set of this machine, with every array between
+# unreadable pages: right before the one, then right after the other.
+guard: .venv/installed-dev
+	@for set in $$($(BIN)/python -c 'from gemma_cli.runtime import isa; print(*isa.supported(isa._features()))'); do \
+		for side in end start; do \
+			echo "$$set, at the $$side:"; \
+			GEMMA_CLI_ISA=$$set GUARDED=$$side GEMMA_CLI_HOME=$(TEST_HOME) PYTHONPATH=.:tests \
+			$(BIN)/python -m pytest -x -p gemma_cli.runtime.isa -p guarded -p no:cacheprovider \
+			tests/test_kernels.py tests/test_model.py || exit 1; \
+		done; \
+	done
 
 # Measures beside llama.cpp; tests/bench_peers.py says what it needs and what ARGS can be.
 bench-peers: .venv/installed-dev

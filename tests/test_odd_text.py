@@ -249,7 +249,7 @@ def test_invalid_utf8_everywhere(
         (["sessions", "list", "--json"], b""),
         (["sessions", "export", "s", tmp_path / f"{odd}.md"], b""),
         (["map", odd, *said], b"\xff\n\xc3\n"),
-        (["map", "--ndjson", *said], b"\xff\n\xc3\n"),
+        (["map", "--ndjson", odd, *said], b"\xff\n\xc3\n"),
         (["chat", "--no-save", *said], b"\xff\n/file " + os.fsencode(file) + b"\n/tokens\n"),
         (["tokenize", odd], b""),
         (["tokenize", "--json"], b"\xff"),

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from program import CONTEXT, program
+from program import CONTEXT, GOLDEN, program
 from terminals import Terminal
 
 
@@ -95,6 +95,47 @@ def test_while_it_answers(home: Path, number: int) -> None:
     lines = [json.loads(line) for line in out.splitlines()]
     if number == signal.SIGINT:
         assert lines[-1]["finish_reason"] == "interrupted"
+
+
+# Slowed down, so that the signal comes in its midst.
+CONVERTING = """
+import time, gemma_cli.__main__, quantize.modelfile
+def write(self, *args, real=quantize.modelfile.Writer.write):
+    real(self, *args)
+    if len(self._pending) == 9: print("converting", flush=True)
+    if len(self._pending) < 10: time.sleep(0.3)
+quantize.modelfile.Writer.write = write
+gemma_cli.__main__.main()
+"""
+
+
+def convert(home: Path, output: Path) -> subprocess.Popen[bytes]:
+    command, environment = program(home)
+    args = ("quantize", GOLDEN / "gemma-mha", "-o", output, "--bits", "8", "--force")
+    process = subprocess.Popen(
+        [command[0], "-c", CONVERTING, *map(str, args)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"converting\n"
+    return process
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_it_converts(home: Path, tmp_path: Path, number: int) -> None:
+    output = tmp_path / "models" / "a.safetensors"
+    output.parent.mkdir()
+    output.write_bytes(b"old")
+    process = convert(home, output)
+    assert len(list(output.parent.iterdir())) == 2
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == (b"", b"")
+    assert process.returncode == 128 + number
+    assert list(output.parent.iterdir()) == [output]
+    assert output.read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -200,6 +200,8 @@ def download(remote: Remote, progress: Callable[[int], None]) -> Path:
                 checked = _fetch(remote, file, progress, done)
             # A large file is there now: this links it.
             path = Path(hf_hub_download(remote.repo, file.name, revision=remote.commit))
+            if path.parent.name != remote.commit:
+                raise _not_understood(remote.origin, f"{file.name} is of another commit")
             if not checked and not file.is_at(path):
                 path.resolve().unlink()
                 path.unlink(missing_ok=True)
