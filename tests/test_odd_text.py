@@ -152,7 +152,7 @@ def test_what_is_said_stays_text(
             case "stdin":
                 args, stdin = ["run"], said.encode()
             case "map":
-                args, stdin = ["map"], said.encode()
+                args, stdin = ["map", "x"], said.encode()
             case "map's prompt":
                 args, stdin = ["map", said], b"x"
             case "choice":
