@@ -134,7 +134,7 @@ def test_a_calibration_is_refused_before_it_begins(
         assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("megabytes", [100, 250, 350, 430, 600])
+@pytest.mark.parametrize("megabytes", [100, 250, 430, 800, 4000])
 def test_limits_of_the_address_space(home: Path, megabytes: int) -> None:
     """Whatever they are: an answer, or a sentence; no signal, nothing of a library's own."""
     command, environment = program(home)

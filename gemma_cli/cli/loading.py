@@ -36,8 +36,8 @@ LARGE = 2 * 10**9  # bytes that take more than a second or two to check
 RUNTIME_BYTES = 150_000_000
 """What Python, the compiled kernels and a tokenizer take, besides the context."""
 
-RUNTIME_ADDRESSES = 150_000_000
-"""The addresses of the libraries, and of what they set aside, besides."""
+RUNTIME_ADDRESSES = 1_000_000_000
+"""The addresses of the libraries and of threads, most of them only set aside, besides."""
 
 CUT_MARK = "\n[...]\n"
 
