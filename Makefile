@@ -6,7 +6,7 @@ DEMO_MODEL := gemma-3-270m-int4
 # Tests keep their compiled kernels and models here, away from those in use.
 TEST_HOME := $(CURDIR)/.venv/test-home
 
-.PHONY: demo test fuzz kill guard bench-peers bench-quality dist lint format clean
+.PHONY: demo test fuzz kill guard determinism strings bench-peers bench-quality dist lint format clean
 
 demo: .venv/installed-demo
 	@$(BIN)/gemma-cli models 2>/dev/null | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
@@ -28,6 +28,16 @@ fuzz: .venv/installed-dev
 KILLS ?= 200
 kill: .venv/installed-dev
 	KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_pipeline.py -k killed_at_any_time
+
+# Answers of small models with 1, 2 and 4 threads, so many times each.
+RUNS ?= 100
+determinism: .venv/installed-dev
+	RUNS=$(RUNS) GEMMA_CLI_HOME=$(TEST_HOME) $(BIN)/python -m pytest tests/test_determinism.py
+
+# Random strings and very long ones through the tokenizer; tests/strings.py says what must come of it.
+STRINGS ?= 100000
+strings: .venv/installed-dev
+	$(BIN)/python tests/strings.py --strings $(STRINGS)
 
 # All kernels and whole models, on each instruction set of this machine, with every array between
 # unreadable pages: right before the one, then right after the other.

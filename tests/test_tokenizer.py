@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import strings
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import MARKERS, SPECIAL, TEXTS, processor, train
@@ -69,6 +70,12 @@ def test_no_text_gives_a_control_id(piece: str, frame: str) -> None:
 def test_cutting_a_long_text_into_blocks_changes_no_id(size: int, line: str) -> None:
     text = (line * size)[:size] + line
     assert TOKENIZER.encode(text) == ORACLE.encode(text)
+
+
+def test_seeded_strings_and_long_ones() -> None:
+    """`make strings` tries a hundred times as many, with Gemma's own vocabulary, too."""
+    strings.check(train(), 1000, seed=0)
+    strings.check_long(train(), 100_000)
 
 
 def test_pieces_and_ids() -> None:
