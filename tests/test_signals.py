@@ -14,6 +14,9 @@ import pytest
 from program import CONTEXT, GOLDEN, program
 from terminals import Terminal
 
+from quantize.checkpoint import open_checkpoint
+from quantize.pipeline import quantize
+
 
 def start(home: Path, *args: str | Path) -> subprocess.Popen[bytes]:
     command, environment = program(home)
@@ -23,6 +26,7 @@ def start(home: Path, *args: str | Path) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=os.setpgrp,  # noqa: PLW1509 (an orphaned group, as the tests are, cannot stop)
     )
 
 
@@ -118,6 +122,7 @@ def convert(home: Path, output: Path) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=os.setpgrp,  # noqa: PLW1509
     )
     assert process.stdout
     assert process.stdout.readline() == b"converting\n"
@@ -136,6 +141,35 @@ def test_while_it_converts(home: Path, tmp_path: Path, number: int) -> None:
     assert process.returncode == 128 + number
     assert list(output.parent.iterdir()) == [output]
     assert output.read_bytes() == b"old"
+
+
+def stop_and_go_on(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTSTP)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    process.send_signal(signal.SIGCONT)
+
+
+def test_what_is_stopped_goes_on(home: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    quantize(open_checkpoint(GOLDEN / "gemma-mha"), whole, bits=8)
+    process = convert(home, tmp_path / "a")
+    stop_and_go_on(process)
+    assert process.communicate(timeout=60)[0].startswith(f"{tmp_path}/a: ".encode())
+    assert process.returncode == 0
+    assert (tmp_path / "a").read_bytes() == whole.read_bytes()
+
+    args = (*endless(home), "--ndjson", "-n", "400", "the man")
+    undisturbed = start(home, *args).communicate(timeout=60)[0].splitlines()
+    process = start(home, *args)
+    assert process.stdout
+    lines = [process.stdout.readline()]
+    stop_and_go_on(process)
+    lines += process.communicate(timeout=60)[0].splitlines(keepends=True)
+    assert process.returncode == 0
+    assert [json.loads(line)["token"] for line in lines[:-1]] == [
+        json.loads(line)["token"] for line in undisturbed[:-1]
+    ]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
