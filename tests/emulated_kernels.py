@@ -52,6 +52,7 @@ COLUMNS = -(-N_OUT // 16) * 16
 TOKEN_COUNTS = (1, inputs.TOKENS + 1, inputs.FEW + 3)
 ROWS = max(TOKEN_COUNTS) + inputs.TOKENS  # with some to spare
 PANEL_BYTES = matmul.scratch_bytes(ROWS)
+BLOCKS = inputs.allocate_blocks(ROWS, N_IN, exact=False).shape
 
 PRODUCT = np.dtype(
     [
@@ -70,6 +71,7 @@ PRODUCT_RESULT = np.dtype(
         ("codes", np.int8, (ROWS, N_IN)),
         ("scales", np.float32, (ROWS, N_IN // 32)),
         ("offsets", np.int32, (ROWS, N_IN // 32)),
+        ("blocks", np.uint16, BLOCKS),
         ("panel", np.uint8, PANEL_BYTES),
     ],
     align=True,
@@ -97,7 +99,7 @@ def product(case, out):
         _array(out + _OUT.codes, (n, N_IN), np.int8),
         _array(out + _OUT.scales, (n, N_IN // 32), np.float32),
         _array(out + _OUT.offsets, (n, N_IN // 32), np.int32),
-        _array(out, (0, 0), np.uint16),  # no blocks
+        _array(out + _OUT.blocks, BLOCKS, np.uint16),
     )
     for t in range(n):
         inputs.round_inputs(h, t, 0, N_IN)

@@ -49,6 +49,7 @@ CASE = np.dtype(
         ("w", np.uint8, 512),  # 16 rows' codes of 32 inputs; of planes the high nibbles, the low
         ("levels", np.uint8, 16),
         ("x", np.int8, (TOKENS, 32)),
+        ("together", np.int8, (8, TOKENS, 4)),  # the same
         ("offsets", np.int32, TOKENS),
     ]
 )
@@ -138,6 +139,14 @@ def integer_functions() -> dict[str, Emit]:
 
         return emit
 
+    def dots_together(intrinsic: Any) -> Emit:
+        def emit(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
+            result = call(b, intrinsic, *read(b, case, ("w", "together", "offsets")), TOKENS)
+            for t in range(TOKENS):
+                store(b, out, 64 * t, b.extract_value(result, t))
+
+        return emit
+
     def expand(intrinsic: Any, *weights: str) -> Emit:
         return lambda b, case, out: call(b, intrinsic, *read(b, case, weights), out)
 
@@ -146,9 +155,11 @@ def integer_functions() -> dict[str, Emit]:
         "dots_codebook": dots(vector.dots_codebook, "w", "levels"),
         "dots_int8": dots(vector.dots_int8, "w"),
         "dots_planes": dots(vector.dots_planes, "w", "low"),
-        "dots_expanded": dots(vector.dots_expanded, "w"),
+        "dots_expanded": dots_together(vector.dots_expanded),
+        "dots_bytes": dots_together(vector.dots_bytes),
         "expand_int4": expand(vector.expand_int4, "w", "levels"),
         "expand_codebook": expand(vector.expand_codebook, "w", "levels"),
+        "expand_int8": expand(vector.expand_int8, "w", "levels"),
         "expand_planes": expand(vector.expand_planes, "w", "low"),
     }
 
@@ -339,7 +350,7 @@ def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArr
     for case in cases:
         codes = random_codes(rng, small)
         levels = codebook[codes] if small else codes.astype(np.int64)
-        formats = {"codebook": "int4", "planes": "int8_planes"}
+        formats = {"codebook": "int4", "planes": "int8_planes", "bytes": "int8"}
         w = byte_tile(codes) if form == "expanded" else tile(formats.get(form, form), codes)
         case["w"][: w.size] = w
         case["levels"] = codebook + 128
@@ -347,6 +358,7 @@ def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArr
         x[...] = rng.integers(-127, 128, x.shape)
         x[0], x[1] = 127, -127
         x[2, ::2], x[2, 1::2] = 127, -127
+        case["together"] = x.reshape(TOKENS, 8, 4).swapaxes(0, 1)
         case["offsets"] = -128 * x.sum(1, dtype=np.int32)
         if task == "dots":
             results.append(twins.dots(levels, x)[..., 0].astype(np.int32))

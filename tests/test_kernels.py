@@ -275,6 +275,23 @@ def test_inputs_of_many_tokens_are_rounded_to_blocks_of_bfloat16(n_tokens: int) 
     assert not rest.any(), "three parts have all the bits"
 
 
+@pytest.mark.skipif(isa.AMX, reason="AMX multiplies bfloat16")
+@pytest.mark.parametrize("n_tokens", [FEW + 1, 32, 50])
+def test_codes_of_many_tokens_lie_together(n_tokens: int) -> None:
+    x = random_inputs(np.random.default_rng(26), n_tokens, 256)
+    blocks = Padded(x).inputs.blocks.view(np.uint8).reshape(-1, 256 // 32, inputs.TOGETHER)
+
+    def rows(start: int, dtype: type, per_run: int) -> NDArray[Any]:
+        part = blocks[..., start : start + 4 * TOKENS * per_run].copy().view(dtype)
+        part = part.reshape(len(blocks), 256 // 32, per_run, TOKENS, -1)
+        return part.transpose(0, 3, 1, 2, 4).reshape(len(blocks) * TOKENS, -1)[:n_tokens]
+
+    codes, scales, offsets = twins.quantize_row(x)
+    np.testing.assert_array_equal(rows(0, np.int8, 8), codes)
+    np.testing.assert_array_equal(rows(inputs.CODES, np.float32, 1), scales)
+    np.testing.assert_array_equal(rows(inputs.CODES + 4 * TOKENS, np.int32, 1), offsets)
+
+
 # Matrix products.
 
 

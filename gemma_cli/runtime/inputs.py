@@ -1,8 +1,9 @@
 """The inputs of a matrix product, rounded as its kernels read them.
 
-For int4 and int8 weights they become int8, with one scale for 32 of them. Where there are matrix
-units, those of many tokens become bfloat16 instead. For bf16 weights, which are exact, each becomes
-three, the next of which holds what those before lack: together they have the 24 bits of a float32.
+For int4 and int8 weights they become int8, with one scale for 32 of them. Those of many tokens are
+put into blocks, in the order in which they are read. Where there are matrix units, these are
+bfloat16 instead. For bf16 weights, which are exact, each becomes three, the next of which holds
+what those before lack: together they have the 24 bits of a float32.
 """
 
 from typing import NamedTuple
@@ -19,9 +20,11 @@ from gemma_cli.runtime.vector import (
     horizontal_max,
     load_bf16,
     load_f32,
+    load_scalar,
     splat,
     store_bf16,
     store_i8,
+    store_scalar,
 )
 
 FEW = 16
@@ -30,23 +33,27 @@ FEW = 16
 TOKENS = 8 if isa.AVX512 else 4
 """Tokens whose sums are held at once: what fits the vector registers."""
 
+CODES, TOGETHER = 32 * TOKENS, 40 * TOKENS
+"""Bytes of the codes of 32 inputs of TOKENS tokens, and with their scales and offsets."""
+
 
 class Inputs(NamedTuple):
-    """Inputs as float32, and what they are rounded to, codes or blocks."""
+    """Inputs as float32, and what they are rounded to: for many tokens `blocks`, too, or alone."""
 
     values: NDArray[np.float32]  # (n_tokens, n_in)
     codes: NDArray[np.int8]  # (n_tokens, n_in)
     scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
     offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
-    # bfloat16 for matrix units, a row for each part, (n_tokens / BLOCK rounded up, n_in / 32, BLOCK
-    # tokens, 32 inputs).
+    # For matrix units bfloat16, a row for each part, (n_tokens / BLOCK rounded up, n_in / 32, BLOCK
+    # tokens, 32 inputs). Else one row, (n_tokens / TOKENS rounded up, n_in / 32, TOGETHER bytes):
+    # codes (8, TOKENS, 4 inputs), then scales and offsets (TOKENS,).
     blocks: NDArray[np.uint16]
 
 
 def allocate_blocks(n_tokens: int, n_in: int, exact: bool) -> NDArray[np.uint16]:
     """Memory for `blocks`; exact: for bf16 weights, too."""
     if not isa.AMX:
-        return np.zeros((0, 0), np.uint16)
+        return amx.allocate((1, -(-n_tokens // TOKENS) * (n_in // 32) * TOGETHER // 2), np.uint16)
     return amx.allocate((3 if exact else 1, -(-n_tokens // BLOCK) * BLOCK * n_in), np.uint16)
 
 
@@ -94,6 +101,12 @@ def block_address(h, part, t, i):
 
 
 @kernel
+def together_address(h, t, i):
+    """Where the inputs i to i + 31 of TOKENS tokens lie together, t the first of them."""
+    return address_of(h.blocks[0]) + (t // TOKENS * (h.values.shape[1] // 32) + i // 32) * TOGETHER
+
+
+@kernel
 def _round_to_codes(h, t, start, stop):
     runs = slice(start // 32, stop // 32)
     quantize_row(
@@ -102,7 +115,22 @@ def _round_to_codes(h, t, start, stop):
 
 
 @kernel
-def _round(h, t, start, stop):
+def _round_together(h, t, start, stop):
+    _round_to_codes(h, t, start, stop)
+    if len(h.values) <= FEW:
+        return
+    codes = address_of(h.codes[t])
+    scales, offsets = address_of(h.scales[t]), address_of(h.offsets[t])
+    for i in range(start, stop, 32):
+        target = together_address(h, t, i) + t % TOKENS * 4
+        for run in range(8):
+            store_scalar(target + 4 * TOKENS * run, load_scalar(codes + i + 4 * run))
+        store_scalar(target + CODES, load_scalar(scales + i // 8))
+        store_scalar(target + CODES + 4 * TOKENS, load_scalar(offsets + i // 8))
+
+
+@kernel
+def _round_to_bfloats(h, t, start, stop):
     if len(h.values) <= FEW:
         _round_to_codes(h, t, start, stop)
         return
@@ -115,5 +143,5 @@ def _round(h, t, start, stop):
             first, second = first - load_bf16(target), second - load_bf16(target + 32)
 
 
-round_inputs = _round if isa.AMX else _round_to_codes
+round_inputs = _round_to_bfloats if isa.AMX else _round_together
 """round_inputs(h, t, start, stop) rounds a token's inputs from start to stop, multiples of 32."""

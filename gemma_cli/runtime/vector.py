@@ -229,11 +229,19 @@ class _Group:
     """
 
     def __init__(
-        self, b: ir.IRBuilder, n: int, x: ir.Value, stride: ir.Value, zero: int, small: bool
+        self,
+        b: ir.IRBuilder,
+        n: int,
+        x: ir.Value,
+        stride: ir.Value,
+        zero: int,
+        small: bool,
+        run_stride: int = 4,
     ) -> None:
         self.b, self.n, self.zero = b, n, zero
         self.small = small and isa.NAME == "avx2"
         self.x = [b.add(x, b.mul(stride, _I64(t))) for t in range(n)]
+        self.run_stride = run_stride
         self.acc = [_const(_VI32, 0) for _ in range(n)]
         # Two sums of 16-bit words a token, for codes so small that eight products fit.
         self.words = [[_const(ir.VectorType(_I16, 16), 0)] * 2 for _ in range(n)]
@@ -253,7 +261,7 @@ class _Group:
         if self.zero == 128 and not _UNSIGNED:
             w = b.xor(w, _const(_VI8, 0x80))
         for t in range(self.n):
-            x = _broadcast4(b, _offset(b, self.x[t], 4 * run))
+            x = _broadcast4(b, _offset(b, self.x[t], self.run_stride * run))
             if self.small:
                 for half in range(2):
                     pairs = _maddubs(b, _part(b, w, half, 32), _part(b, x, half, 32))
@@ -374,21 +382,35 @@ def dots_planes(
     return result(high, low, x, x_stride, offsets, offset_stride, n), codegen
 
 
-@intrinsic(prefer_literal=True)
-def dots_expanded(
-    typingctx: Any, w: Any, x: Any, x_stride: Any, offsets: Any, offset_stride: Any, n: Any
-):
-    """As dots_int4, of codes that expand_int4 has laid out: 8 x 64 bytes."""
+def _dots_together(zero: int, small: bool, doc: str) -> Any:
+    @intrinsic(prefer_literal=True)
+    def function(typingctx: Any, w: Any, x: Any, offsets: Any, n: Any):
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            n = sig.args[3].literal_value
+            group = _Group(b, n, args[1], _I64(4), zero, small, run_stride=4 * n)
+            group.start(args[2], _I64(4))
+            for run in range(8):
+                group.add(_load(b, _offset(b, args[0], 64 * run), _VI8), run)
+            return group.result()
 
-    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=8, small=True)
-        group.start(args[3], args[4])
-        for run in range(8):
-            group.add(_load(b, _offset(b, args[0], 64 * run), _VI8), run)
-        return group.result()
+        result = types.UniTuple(I32X16, n.literal_value)
+        return result(w, x, offsets, n), codegen
 
-    result = types.UniTuple(I32X16, n.literal_value)
-    return result(w, x, x_stride, offsets, offset_stride, n), codegen
+    function.__doc__ = doc
+    return function
+
+
+dots_expanded = _dots_together(
+    8,
+    True,
+    """As dots_int4, of codes that expand_int4 has laid out, and of tokens that lie together.
+
+    w: address of 8 x 64 bytes; x: of int8 inputs, four of every token, then the next four; offsets:
+    of an int32 of every token. No address has to be computed, of which there would be as many as
+    products.
+    """,
+)
+dots_bytes = _dots_together(128, False, "As dots_expanded, of bytes as in dots_int8.")
 
 
 def _int4_bytes(b: ir.IRBuilder, w: ir.Value) -> list[ir.Value]:
@@ -434,6 +456,10 @@ expand_int4 = _expand(
 )
 expand_codebook = _expand(
     _codebook_bytes, "As expand_int4, to the levels + 128 of a codebook, as in dots_codebook."
+)
+expand_int8 = _expand(
+    lambda b, w, other: [_load(b, _offset(b, w, 64 * run), _VI8) for run in range(8)],
+    "The bytes of dots_int8, as they are: at addresses that are multiples of 64 they are near.",
 )
 expand_planes = _expand(
     _planes_bytes,
