@@ -6,8 +6,7 @@ next: so only one layer's weights are in memory, besides the residual stream of 
 Tokens do not count alike. An error in what attention or a feed-forward block adds to the residual
 stream counts in relation to the stream, which is normalised before it is used; where the sum's new
 part is normalised as well (Gemma 2 and 3), in relation to that, too. Keys and values count as often
-as they are attended to: those of BOS, mostly, for all the tokens after it. On Gemma 3 270M this
-takes a quarter off GPTQ's divergence.
+as they are attended to: those of BOS, mostly, for all the tokens after it.
 """
 
 from __future__ import annotations
