@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -151,7 +150,8 @@ def compare(options: argparse.Namespace) -> None:
     ours, _ = INSTRUCTIONS[options.instructions]
     if ours:
         os.environ["GEMMA_CLI_ISA"] = ours
-    # Looks at the environment when it is imported.
+    # They look at the environment when they are imported.
+    from gemma_cli.measure.machine import cpu_name  # noqa: PLC0415
     from gemma_cli.runtime import isa  # noqa: PLC0415
 
     folder: Path = options.folder.resolve()
@@ -574,14 +574,6 @@ def others_seconds() -> float:
         return math.nan
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return busy - sum(os.times()[:4])
-
-
-def cpu_name() -> str:
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 # Plots
