@@ -16,9 +16,10 @@ that this rounding gives, the one that leaves least of the error's part in the g
 from typing import NamedTuple
 
 import numpy as np
-from numba import literal_unroll, njit
+from numba import literal_unroll
 from numpy.typing import NDArray
 
+from quantize.compilation import FOLDER, cached
 from quantize.grouping import rounded_scales
 from quantize.search import STRETCHES, Levels, grid_of
 
@@ -64,7 +65,6 @@ def round_compensated(
     group_size: int,
     levels: Levels,
     factor: Factor,
-    shift: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """Rounds to the levels of a codebook.
 
@@ -86,8 +86,6 @@ def round_compensated(
         weights = np.ascontiguousarray(ordered[:, block])
         # Errors of the groups after this one, as these columns of L see them.
         carried = errors[:, stop:] @ lower[stop:, block]
-        if shift is not None:
-            carried += shift[:, block]
         best = np.empty(n_rows, np.float32)
         _search(weights, carried, own, grid[0], steps, spans, best)
         stored = rounded_scales(best)[0]
@@ -98,7 +96,7 @@ def round_compensated(
     return codes, scales
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+@cached(FOLDER, fastmath={"contract", "reassoc", "nsz"})
 def _search(weights, carried, own, lowest, steps, spans, scales):  # type: ignore[no-untyped-def]
     """Finds a group's scale for each row. With a candidate's codes and their levels l, the error is
     |c - scale (l L)|^2, c = carried + w L; the best scale for these codes is c (l L) / |l L|^2,
@@ -153,7 +151,7 @@ def _search(weights, carried, own, lowest, steps, spans, scales):  # type: ignor
                 scales[i] = product[c] / square[c]
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+@cached(FOLDER, fastmath={"contract", "reassoc", "nsz"})
 def _round(weights, carried, own, scales, grid, middles, codes, errors):  # type: ignore[no-untyped-def]
     """Rounds a group with its scales: codes and errors (n, group_size)."""
     n, size = weights.shape

@@ -3,13 +3,19 @@ and files of models that tell what they want run."""
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from numba.core.dispatcher import Dispatcher
 from program import GOLDEN, program
 
+import gemma_cli.runtime
+import quantize
+from gemma_cli.runtime import compilation
 from quantize.compilation import FOLDER, cached, kernels_folder
 from quantize.errors import GemmaError
 
@@ -105,15 +111,16 @@ def test_where_nothing_can_be_written_nothing_is_kept(own_home: Path) -> None:
 
 
 def test_no_kernels_lie_beside_the_sources() -> None:
-    from gemma_cli.runtime import compilation, forward  # noqa: PLC0415
-    from quantize import grouping  # noqa: PLC0415
-
-    kept = [
-        (grouping._round.stats.cache_path, FOLDER),
-        (forward.forward.stats.cache_path, compilation.FOLDER),
-    ]
-    for path, folder in kept:
-        assert Path(path).is_relative_to(folder)
+    """Of all functions of both packages that are kept at all."""
+    kept = {}
+    for package, folder in ((quantize, FOLDER), (gemma_cli.runtime, compilation.FOLDER)):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            for name, value in vars(import_module(info.name)).items():
+                if isinstance(value, Dispatcher) and value.stats.cache_path:
+                    kept[f"{value.py_func.__module__}.{name}"] = (value.stats.cache_path, folder)
+    assert {"quantize.compensation._search", "gemma_cli.runtime.forward.forward"} <= kept.keys()
+    for name, (path, folder) in kept.items():
+        assert Path(path).is_relative_to(folder), name
 
 
 # Of a process that does all that needs no hub, one after the other. A socket of asyncio to itself
