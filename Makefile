@@ -42,7 +42,7 @@ strings: .venv/installed-dev
 # All kernels and whole models, on each instruction set of this machine, with every array between
 # unreadable pages: right before the one, then right after the other.
 guard: .venv/installed-dev
-	@for set in $$($(BIN)/python -c 'from gemma_cli.runtime import isa; print(*isa.supported(isa._features()))'); do \
+	@for set in $$($(BIN)/python -c 'from gemma_cli.runtime import isa; print(*isa.supported(isa.FEATURES))'); do \
 		for side in end start; do \
 			echo "$$set, at the $$side:"; \
 			GEMMA_CLI_ISA=$$set GUARDED=$$side GEMMA_CLI_HOME=$(TEST_HOME) PYTHONPATH=.:tests \

@@ -350,8 +350,8 @@ def dots_int8(
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=128, small=False)
         group.start(args[3], args[4])
-        for run in range(8):
-            group.add(_load(b, _offset(b, args[0], 64 * run), _VI8), run)
+        for run, codes in enumerate(_int8_bytes(b, args[0])):
+            group.add(codes, run)
         return group.result()
 
     result = types.UniTuple(I32X16, n.literal_value)
@@ -389,8 +389,8 @@ def _dots_together(zero: int, small: bool, doc: str) -> Any:
             n = sig.args[3].literal_value
             group = _Group(b, n, args[1], _I64(4), zero, small, run_stride=4 * n)
             group.start(args[2], _I64(4))
-            for run in range(8):
-                group.add(_load(b, _offset(b, args[0], 64 * run), _VI8), run)
+            for run, codes in enumerate(_int8_bytes(b, args[0])):
+                group.add(codes, run)
             return group.result()
 
         result = types.UniTuple(I32X16, n.literal_value)
@@ -417,6 +417,11 @@ def _int4_bytes(b: ir.IRBuilder, w: ir.Value) -> list[ir.Value]:
     """The codes 0 to 15 of 32 inputs, in the order of the inputs."""
     pairs = [_nibbles(b, _load(b, _offset(b, w, 64 * run), _VI8)) for run in range(4)]
     return [low for low, _ in pairs] + [high for _, high in pairs]
+
+
+def _int8_bytes(b: ir.IRBuilder, w: ir.Value) -> list[ir.Value]:
+    """The bytes of 32 inputs, where each has one."""
+    return [_load(b, _offset(b, w, 64 * run), _VI8) for run in range(8)]
 
 
 def _codebook_bytes(b: ir.IRBuilder, w: ir.Value, levels: ir.Value) -> list[ir.Value]:
@@ -458,7 +463,7 @@ expand_codebook = _expand(
     _codebook_bytes, "As expand_int4, to the levels + 128 of a codebook, as in dots_codebook."
 )
 expand_int8 = _expand(
-    lambda b, w, other: [_load(b, _offset(b, w, 64 * run), _VI8) for run in range(8)],
+    lambda b, w, other: _int8_bytes(b, w),
     "The bytes of dots_int8, as they are: at addresses that are multiples of 64 they are near.",
 )
 expand_planes = _expand(
@@ -521,7 +526,7 @@ expand_scaled_codebook = _expand_scaled(
     """,
 )
 expand_scaled_int8 = _expand_scaled(
-    lambda b, w, other: [_load(b, _offset(b, w, 64 * run), _VI8) for run in range(8)],
+    lambda b, w, other: _int8_bytes(b, w),
     "As expand_scaled_codebook, of the bytes of dots_int8.",
 )
 expand_scaled_planes = _expand_scaled(
