@@ -197,6 +197,29 @@ def test_where_compiled_code_does_not_return(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+def test_in_a_callback_from_c(number: int) -> None:
+    """Where exceptions cannot pass; the compiler calls back whenever it has a function ready."""
+    code = (
+        "import ctypes, signal, sys, time; from gemma_cli.cli import signals\n"
+        "signals.prepare()\n"
+        "signals.become_exceptions()\n"
+        "ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(int(sys.argv[1])))()\n"
+        "try:\n"
+        "    time.sleep(30)\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(int(number))],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        check=False,
+        timeout=20,
+    )
+    assert (result.returncode, result.stderr) == (128 + number, b"")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_what_is_ignored_stays_so(home: Path, number: int) -> None:
     """As nohup says, and shells of what they run in the background."""
     command, environment = program(home)

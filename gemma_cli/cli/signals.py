@@ -51,6 +51,7 @@ def become_exceptions() -> None:
     """From here on there is something to say or to tidy up: Ctrl-C is a KeyboardInterrupt, and
     signals that end the program are a SystemExit."""
     if _restorers:
+        sys.unraisablehook = _send_again
         _handle(_interrupt, _exit)
 
 
@@ -73,6 +74,25 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _exit(number: int, _: FrameType | None) -> None:
     _handled.set()
     sys.exit(128 + number)
+
+
+def _send_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Sends a signal once more whose exception could not pass, as in a callback from C (the
+    compiler has some): Python would print and forget it.
+
+    From another thread, and a little later: sent from here, it would be handled here.
+    """
+    exception = unraisable.exc_value
+    if isinstance(exception, KeyboardInterrupt):
+        number = _INTERRUPT
+    elif isinstance(exception, SystemExit) and isinstance(exception.code, int):
+        number = exception.code - 128
+    else:
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(0.01, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _watch() -> None:
