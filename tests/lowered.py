@@ -48,8 +48,7 @@ CASE = np.dtype(
     [
         ("w", np.uint8, 512),  # 16 rows' codes of 32 inputs; of planes the high nibbles, the low
         ("levels", np.uint8, 16),
-        ("x", np.int8, (TOKENS, 32)),
-        ("together", np.int8, (8, TOKENS, 4)),  # the same
+        ("x", np.int8, (8, TOKENS, 4)),
         ("offsets", np.int32, TOKENS),
     ]
 )
@@ -131,17 +130,8 @@ def integer_functions() -> dict[str, Emit]:
 
     def dots(intrinsic: Any, *weights: str) -> Emit:
         def emit(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
-            x, offsets = read(b, case, ("x", "offsets"))
-            w = read(b, case, weights)
-            result = call(b, intrinsic, *w, x, _I64(32), offsets, _I64(4), TOKENS)
-            for t in range(TOKENS):
-                store(b, out, 64 * t, b.extract_value(result, t))
-
-        return emit
-
-    def dots_together(intrinsic: Any) -> Emit:
-        def emit(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
-            result = call(b, intrinsic, *read(b, case, ("w", "together", "offsets")), TOKENS)
+            names = (*weights, "x", "offsets")
+            result = call(b, intrinsic, *read(b, case, names), TOKENS, TOKENS)
             for t in range(TOKENS):
                 store(b, out, 64 * t, b.extract_value(result, t))
 
@@ -151,12 +141,11 @@ def integer_functions() -> dict[str, Emit]:
         return lambda b, case, out: call(b, intrinsic, *read(b, case, weights), out)
 
     return {
-        "dots_int4": dots(vector.dots_int4, "w"),
+        "dots_int4": dots(vector.dots_int4, "w", "w"),
         "dots_codebook": dots(vector.dots_codebook, "w", "levels"),
-        "dots_int8": dots(vector.dots_int8, "w"),
+        "dots_int8": dots(vector.dots_int8, "w", "w"),
         "dots_planes": dots(vector.dots_planes, "w", "low"),
-        "dots_expanded": dots_together(vector.dots_expanded),
-        "dots_bytes": dots_together(vector.dots_bytes),
+        "dots_expanded": dots(vector.dots_expanded, "w", "w"),
         "expand_int4": expand(vector.expand_int4, "w", "levels"),
         "expand_codebook": expand(vector.expand_codebook, "w", "levels"),
         "expand_int8": expand(vector.expand_int8, "w", "levels"),
@@ -350,15 +339,14 @@ def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArr
     for case in cases:
         codes = random_codes(rng, small)
         levels = codebook[codes] if small else codes.astype(np.int64)
-        formats = {"codebook": "int4", "planes": "int8_planes", "bytes": "int8"}
+        formats = {"codebook": "int4", "planes": "int8_planes"}
         w = byte_tile(codes) if form == "expanded" else tile(formats.get(form, form), codes)
         case["w"][: w.size] = w
         case["levels"] = codebook + 128
-        x = case["x"]
-        x[...] = rng.integers(-127, 128, x.shape)
+        x = rng.integers(-127, 128, (TOKENS, 32), np.int8)
         x[0], x[1] = 127, -127
         x[2, ::2], x[2, 1::2] = 127, -127
-        case["together"] = x.reshape(TOKENS, 8, 4).swapaxes(0, 1)
+        case["x"] = x.reshape(TOKENS, 8, 4).swapaxes(0, 1)
         case["offsets"] = -128 * x.sum(1, dtype=np.int32)
         if task == "dots":
             results.append(twins.dots(levels, x)[..., 0].astype(np.int32))

@@ -210,8 +210,8 @@ def forward(
     (n_tokens,), at most a chunk, those of each sequence one after the other, as many of each;
     positions: int64 (n_sequences,), of their first tokens; only one sequence if there are more
     than FEW tokens. logits: float32 (n_last, 16 x the embedding's tiles), filled for the last
-    n_last tokens; with n_best, which needs n_last <= FEW and n_best <= the embedding's tiles, those
-    that cannot be among the n_best largest may be -inf.
+    n_last tokens; with n_best, which is at most the embedding's tiles, those that cannot be among
+    the n_best largest may be -inf.
     """
     n, n_last, ffn = tokens.size, logits.shape[0], s.intermediate_size
     eps, matrices = s.rms_norm_eps, weights.matrices
@@ -318,8 +318,8 @@ def forward(
         if n_last < n:  # They were rounded as so many tokens are, and not for themselves.
             _round_token(counters, row, n_last, thread, last)
         row += 1
-        if n_best and embedding[0, FORMAT] == PLANES:
-            head.prepare(counters, row, n_last, thread, last, scratch.head)
+        if n_best and n_last == 1 and embedding[0, FORMAT] == PLANES:
+            head.prepare(counters, row, 1, thread, last, scratch.head)
             head.rank(
                 counters,
                 row + 1,
@@ -331,7 +331,7 @@ def forward(
                 scratch.head,
                 n_threads,
             )
-            head.find_threshold(counters, row + 2, n_last, thread, n_best, scratch.head)
+            head.find_threshold(counters, row + 2, 1, thread, n_best, scratch.head)
             head.refine(
                 counters,
                 row + 3,
@@ -341,7 +341,7 @@ def forward(
                 last,
                 scratch.head,
                 s.final_soft_cap,
-                logits,
+                logits[0],
                 n_threads,
             )
         else:

@@ -1,9 +1,9 @@
 """The inputs of a matrix product, rounded as its kernels read them.
 
-For int4 and int8 weights they become int8, with one scale for 32 of them. Those of many tokens are
-put into blocks, in the order in which they are read. Where there are matrix units, these are
-bfloat16 instead. For bf16 weights, which are exact, each becomes three, the next of which holds
-what those before lack: together they have the 24 bits of a float32.
+For int4 and int8 weights they become int8, with one scale for 32 of them. Those of several tokens
+are put into blocks, in the order in which they are read. Where there are matrix units, blocks of
+many tokens are bfloat16 instead. For bf16 weights, which are exact, each becomes three, the next of
+which holds what those before lack: together they have the 24 bits of a float32.
 """
 
 from typing import NamedTuple
@@ -27,24 +27,25 @@ from gemma_cli.runtime.vector import (
     store_scalar,
 )
 
-FEW = 16
-"""Tokens up to which codes of weights are used as they are read."""
-
 TOKENS = 8 if isa.AVX512 else 4
 """Tokens whose sums are held at once: what fits the vector registers."""
+
+FEW = 16
+"""Tokens up to which codes of weights are used as they are read."""
 
 CODES, TOGETHER = 32 * TOKENS, 40 * TOKENS
 """Bytes of the codes of 32 inputs of TOKENS tokens, and with their scales and offsets."""
 
 
 class Inputs(NamedTuple):
-    """Inputs as float32, and what they are rounded to: for many tokens `blocks`, too, or alone."""
+    """Inputs as float32, and what they are rounded to: for several tokens `blocks`, too, and for
+    matrix units these alone."""
 
     values: NDArray[np.float32]  # (n_tokens, n_in)
     codes: NDArray[np.int8]  # (n_tokens, n_in)
     scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
     offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
-    # For matrix units bfloat16, a row for each part, (n_tokens / BLOCK rounded up, n_in / 32, BLOCK
+    # For matrix units bfloat16: a row for each part, (n_tokens / BLOCK rounded up, n_in / 32, BLOCK
     # tokens, 32 inputs). Else one row, (n_tokens / TOKENS rounded up, n_in / 32, TOGETHER bytes):
     # codes (8, TOKENS, 4 inputs), then scales and offsets (TOKENS,).
     blocks: NDArray[np.uint16]
@@ -112,12 +113,7 @@ def _round_to_codes(h, t, start, stop):
     quantize_row(
         h.values[t, start:stop], h.codes[t, start:stop], h.scales[t, runs], h.offsets[t, runs]
     )
-
-
-@kernel
-def _round_together(h, t, start, stop):
-    _round_to_codes(h, t, start, stop)
-    if len(h.values) <= FEW:
+    if len(h.values) == 1:
         return
     codes = address_of(h.codes[t])
     scales, offsets = address_of(h.scales[t]), address_of(h.offsets[t])
@@ -143,5 +139,5 @@ def _round_to_bfloats(h, t, start, stop):
             first, second = first - load_bf16(target), second - load_bf16(target + 32)
 
 
-round_inputs = _round_to_bfloats if isa.AMX else _round_together
+round_inputs = _round_to_bfloats if isa.AMX else _round_to_codes
 """round_inputs(h, t, start, stop) rounds a token's inputs from start to stop, multiples of 32."""

@@ -20,7 +20,7 @@ the largest of 32 inputs.
 """
 
 from gemma_cli.runtime import isa, matmul_amx, matmul_panels
-from gemma_cli.runtime.inputs import FEW, TOKENS
+from gemma_cli.runtime.inputs import CODES, FEW, TOGETHER, TOKENS, together_address
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.matrix import (
     BF16,
@@ -34,6 +34,7 @@ from gemma_cli.runtime.matrix import (
     N_TILES,
     PLANES,
     PREFETCH,
+    PREFETCH_NEAR,
     SCALES,
     run_bytes,
     tile_address,
@@ -51,6 +52,7 @@ from gemma_cli.runtime.vector import (
     load_f16,
     load_f32,
     prefetch,
+    prefetch_near,
     store_rows,
     zeros,
 )
@@ -59,7 +61,17 @@ _many = matmul_amx if isa.AMX else matmul_panels
 scratch_bytes = _many.scratch_bytes
 
 SOME = 4
-"""Of few tokens, those that go at once: as many as the memory gives time for."""
+"""Tokens, more than one, for which there is no need to do as much as for TOKENS."""
+
+
+@kernel
+def look_ahead(w, n_bytes, n):
+    """Asks the memory for what will be read when n tokens are done with what is read now."""
+    for line in range(0, n_bytes, 64):
+        if n == 1:
+            prefetch(w + PREFETCH + line)
+        else:
+            prefetch_near(w + PREFETCH_NEAR + line)
 
 
 def _float_kernel(n):
@@ -88,59 +100,36 @@ def _float_kernel(n):
 
 def _few_kernel(n):
     """The kernel of an int4 or int8 tile for n tokens, which uses codes as they are read."""
+    width, step, scale_step = (1, 32, 4) if n == 1 else (TOKENS, TOGETHER, TOGETHER)
 
     @kernel
-    def multiply(
-        matrix,
-        w,
-        low,
-        ahead,
-        low_ahead,
-        share,
-        codes,
-        codes_stride,
-        scales,
-        offsets,
-        stride,
-        y,
-        y_stride,
-        count,
-    ):
+    def multiply(matrix, w, low, x, scales, offsets, y, y_stride, count):
         """Fills y[t, 0:16] for the first `count` of n tokens.
 
-        w, low: addresses of the tile and, for PLANES, of its low nibbles; ahead, low_ahead: of
-        what the memory is asked for meanwhile, of each 32 inputs one part in `share`. codes,
-        scales, offsets: of the first token's inputs as quantize_row leaves them, tokens
-        `codes_stride` and `stride` bytes apart; y as in _float_kernel.
+        w, low: addresses of the tile and, for PLANES, of its low nibbles. x, scales, offsets: of
+        the token's inputs as quantize_row leaves them or, if n > 1, of those of TOKENS that lie
+        together; y as in _float_kernel.
         """
-        fmt, acc = matrix[FORMAT], zeros(n)
-        part = run_bytes(fmt) // share
-        gap = SCALES // share
+        fmt, levels, acc = matrix[FORMAT], matrix[CODEBOOK], zeros(n)
+        part = run_bytes(fmt)
         for _ in range(matrix[N_IN] // matrix[GROUP_SIZE]):
             w_scale = load_f16(w)
-            w, ahead = w + SCALES, ahead + gap
+            w += SCALES
             for _ in range(matrix[GROUP_SIZE] // 32):
-                for line in range(0, part, 64):
-                    prefetch(ahead + line)
-                ahead += part
+                look_ahead(w, part, n)
                 if fmt == INT4:
-                    dots = dots_int4(w, codes, codes_stride, offsets, stride, n)
-                    w += 256
+                    dots = dots_int4(w, 0, x, offsets, n, width)
                 elif fmt == INT4_CODEBOOK:
-                    levels = matrix[CODEBOOK]
-                    dots = dots_codebook(w, levels, codes, codes_stride, offsets, stride, n)
-                    w += 256
+                    dots = dots_codebook(w, levels, x, offsets, n, width)
                 elif fmt == PLANES:
-                    for line in range(0, part, 64):
-                        prefetch(low_ahead + line)
-                    low_ahead += part
-                    dots = dots_planes(w, low, codes, codes_stride, offsets, stride, n)
-                    w, low = w + 256, low + 256
+                    look_ahead(low, part, n)
+                    dots = dots_planes(w, low, x, offsets, n, width)
+                    low += part
                 else:
-                    dots = dots_int8(w, codes, codes_stride, offsets, stride, n)
-                    w += 512
-                acc = add_scaled(acc, dots, w_scale, scales, stride)
-                codes, scales, offsets = codes + 32, scales + 4, offsets + 4
+                    dots = dots_int8(w, 0, x, offsets, n, width)
+                w += part
+                acc = add_scaled(acc, dots, w_scale, scales)
+                x, scales, offsets = x + step, scales + scale_step, offsets + scale_step
         store_rows(y, y_stride, acc, count)
 
     return multiply
@@ -148,21 +137,7 @@ def _few_kernel(n):
 
 _float_one, _float_some = _float_kernel(1), _float_kernel(TOKENS)
 _one, _some = _few_kernel(1), _few_kernel(SOME)
-
-
-@kernel
-def look_ahead(matrix, tile, pass_, passes):
-    """Where to ask the memory ahead of a tile's codes, and of its low nibbles for PLANES.
-
-    A tile that is used once streams by. While one is used several times the next one comes, a part
-    in every pass.
-    """
-    w, low = tile_address(matrix, tile)
-    if passes == 1:
-        return w + PREFETCH, low + PREFETCH
-    next_w, next_low = tile_address(matrix, tile + 1)
-    n_bytes = run_bytes(matrix[FORMAT]) * (matrix[N_IN] // 32) // passes
-    return next_w + pass_ * n_bytes, next_low + pass_ * n_bytes
+_all = _some if TOKENS == SOME else _few_kernel(TOKENS)
 
 
 @kernel
@@ -173,31 +148,20 @@ def multiply_few(matrix, first, last, h, y, y_stride):
     outputs, float32, those of tokens y_stride bytes apart.
     """
     n_tokens = len(h.codes)
-    passes = (n_tokens + SOME - 1) // SOME
     for tile in range(first, last):
         w, low = tile_address(matrix, tile)
-        for t in range(0, n_tokens, SOME):
-            ahead, low_ahead = look_ahead(matrix, tile, t // SOME, passes)
-            args = (
-                matrix,
-                w,
-                low,
-                ahead,
-                low_ahead,
-                passes,
-                address_of(h.codes[t]),
-                h.codes.strides[0],
-                address_of(h.scales[t]),
-                address_of(h.offsets[t]),
-                h.scales.strides[0],
-                y + 64 * (tile - first) + t * y_stride,
-                y_stride,
-                n_tokens - t,
-            )
-            if n_tokens - t == 1:
-                _one(*args)
+        out = y + 64 * (tile - first)
+        if n_tokens == 1:
+            x = address_of(h.codes)
+            _one(matrix, w, low, x, address_of(h.scales), address_of(h.offsets), out, y_stride, 1)
+            continue
+        for t in range(0, n_tokens, TOKENS):
+            x = together_address(h, t, 0)
+            args = (matrix, w, low, x, x + CODES, x + CODES + 4 * TOKENS)
+            if n_tokens - t <= SOME:
+                _some(*args, out + t * y_stride, y_stride, n_tokens - t)
             else:
-                _some(*args)
+                _all(*args, out + t * y_stride, y_stride, n_tokens - t)
 
 
 @kernel

@@ -23,8 +23,8 @@ from gemma_cli.runtime.matrix import (
 from gemma_cli.runtime.vector import (
     add_scaled,
     address_of,
-    dots_bytes,
     dots_expanded,
+    dots_int8,
     expand_codebook,
     expand_int4,
     expand_int8,
@@ -69,10 +69,10 @@ def _multiply_panel(fmt, n_groups, group_size, w, w_scales, step, x, sums, first
         for _ in range(group_size // 32):
             scales, offsets = x + CODES, x + CODES + 4 * TOKENS
             if fmt == INT4:
-                dots = dots_expanded(w, x, offsets, TOKENS)
+                dots = dots_expanded(w, 0, x, offsets, TOKENS, TOKENS)
             else:
-                dots = dots_bytes(w, x, offsets, TOKENS)
-            acc = add_scaled(acc, dots, w_scale, scales, 4)
+                dots = dots_int8(w, 0, x, offsets, TOKENS, TOKENS)
+            acc = add_scaled(acc, dots, w_scale, scales)
             w, x = w + 512, x + TOGETHER
     store_rows(sums, _ROW, acc, TOKENS)
 

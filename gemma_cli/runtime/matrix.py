@@ -19,6 +19,10 @@ SCALES = 32
 PREFETCH = 1024
 """How many bytes ahead the memory is asked for a tile that streams by."""
 
+PREFETCH_NEAR = 4096
+"""The same for several tokens, where codes must have come when they are needed: the multiplications
+of one run of inputs leave no room for those of the next to begin, as those of one token do."""
+
 
 @kernel
 def run_bytes(fmt):

@@ -163,7 +163,7 @@ class Model:
             angles=np.zeros((2, 2, chunk, c.head_dim // 2), np.float32),
             attention=attention.allocate(self.n_threads, c.head_dim, 0),
             attention_amx=attention_amx.allocate_scratch(self.n_threads, c.head_dim),
-            head=head.allocate(self.n_threads, c.hidden_size, self._n_tiles),
+            head=head.allocate(c.hidden_size, self._n_tiles),
         )
 
     def new_cache(self, context: int, kv: str = "f16") -> KVCache:

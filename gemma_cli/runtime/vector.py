@@ -219,198 +219,53 @@ def _nibbles(b: ir.IRBuilder, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
     return low, b.lshr(packed, _const(_VI8, 4))
 
 
-class _Group:
-    """Emits the exact integer dot products of 16 rows with `n` tokens over 32 inputs.
+def _dot_products(
+    b: ir.IRBuilder,
+    weights: Sequence[ir.Value],
+    x: ir.Value,
+    offsets: ir.Value,
+    n: int,
+    width: int,
+    zero: int,
+    small: bool,
+) -> ir.Value:
+    """The exact integer dot products of 16 rows with n tokens over 32 inputs, an LLVM array.
 
-    Weights come as unsigned bytes w; what is summed is (w - zero) x, zero being 128 or 8. Where
-    the CPU multiplies unsigned by signed bytes, and for bytes that are both, that is the sum of
-    w x and an offset that the token's inputs bring along, -128 sum(x) or a sixteenth of it;
-    elsewhere the bytes are made signed first.
+    weights: 8 vectors, of 4 inputs each, of unsigned bytes w; what is summed is (w - zero) x, zero
+    being 128 or 8; small: w is at most 15. x, offsets: addresses of the tokens' inputs, `width`
+    tokens side by side, and of their offsets, -128 sum(x). Where the CPU multiplies unsigned by
+    signed bytes, and for bytes that are both, that is the sum of w x and the offset, or a sixteenth
+    of it; elsewhere the bytes are made signed first.
     """
-
-    def __init__(
-        self,
-        b: ir.IRBuilder,
-        n: int,
-        x: ir.Value,
-        stride: ir.Value,
-        zero: int,
-        small: bool,
-        run_stride: int = 4,
-    ) -> None:
-        self.b, self.n, self.zero = b, n, zero
-        self.small = small and isa.NAME == "avx2"
-        self.x = [b.add(x, b.mul(stride, _I64(t))) for t in range(n)]
-        self.run_stride = run_stride
-        self.acc = [_const(_VI32, 0) for _ in range(n)]
-        # Two sums of 16-bit words a token, for codes so small that eight products fit.
-        self.words = [[_const(ir.VectorType(_I16, 16), 0)] * 2 for _ in range(n)]
-
-    def start(self, offsets: ir.Value, stride: ir.Value) -> None:
-        """Begins with the offsets, one int32 a token at an address, where they are needed."""
-        if not (_UNSIGNED or self.zero == 8):
-            return
-        b = self.b
-        for t in range(self.n):
-            offset = _splat(b, _load(b, b.add(offsets, b.mul(stride, _I64(t))), _I32))
-            self.acc[t] = offset if self.zero == 128 else b.ashr(offset, _const(_VI32, 4))
-
-    def add(self, w: ir.Value, run: int) -> None:
-        """Adds inputs 4 run to 4 run + 3."""
-        b = self.b
-        if self.zero == 128 and not _UNSIGNED:
-            w = b.xor(w, _const(_VI8, 0x80))
-        for t in range(self.n):
-            x = _broadcast4(b, _offset(b, self.x[t], self.run_stride * run))
-            if self.small:
-                for half in range(2):
-                    pairs = _maddubs(b, _part(b, w, half, 32), _part(b, x, half, 32))
-                    self.words[t][half] = b.add(self.words[t][half], pairs)
-            else:
-                dot4 = _dot4_unsigned if _UNSIGNED else _dot4_signed
-                self.acc[t] = dot4(b, self.acc[t], w, x)
-
-    def result(self) -> ir.Value:
-        """The n sums as an LLVM array."""
-        b = self.b
-        array = ir.Constant(ir.ArrayType(_VI32, self.n), ir.Undefined)
-        for t in range(self.n):
-            acc = self.acc[t]
-            if self.small:
-                acc = b.add(acc, _concat(b, [_sum_pairs(b, words) for words in self.words[t]]))
-            array = b.insert_value(array, acc, t)
-        return array
+    acc = [_const(_VI32, 0) for _ in range(n)]
+    if _UNSIGNED or zero == 8:
+        for t in range(n):
+            offset = _splat(b, _load(b, _offset(b, offsets, 4 * t), _I32))
+            acc[t] = offset if zero == 128 else b.ashr(offset, _const(_VI32, 4))
+    elif zero == 128:
+        weights = [b.xor(w, _const(_VI8, 0x80)) for w in weights]
+    # Two sums of 16-bit words a token, for codes so small that eight products fit.
+    in_words = small and isa.NAME == "avx2"
+    words = [[_const(ir.VectorType(_I16, 16), 0)] * 2 for _ in range(n)]
+    dot4 = _dot4_unsigned if _UNSIGNED else _dot4_signed
+    for run, w in enumerate(weights):
+        for t in range(n):
+            four = _broadcast4(b, _offset(b, x, 4 * (width * run + t)))
+            if not in_words:
+                acc[t] = dot4(b, acc[t], w, four)
+                continue
+            for half in range(2):
+                pairs = _maddubs(b, _part(b, w, half, 32), _part(b, four, half, 32))
+                words[t][half] = b.add(words[t][half], pairs)
+    array = ir.Constant(ir.ArrayType(_VI32, n), ir.Undefined)
+    for t in range(n):
+        if in_words:
+            acc[t] = b.add(acc[t], _concat(b, [_sum_pairs(b, half) for half in words[t]]))
+        array = b.insert_value(array, acc[t], t)
+    return array
 
 
 # What kernels call. `n` is a constant: the number of tokens whose values are held at once.
-
-
-@intrinsic(prefer_literal=True)
-def dots_int4(
-    typingctx: Any, w: Any, x: Any, x_stride: Any, offsets: Any, offset_stride: Any, n: Any
-):
-    """dot[t][r] = sum over 32 inputs i of (code[r, i] - 8) x[t, i], exact, for n tokens t.
-
-    `w`: address of 4 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j in its low
-    nibble, input 16 + 4 b + j in its high one. `x`: address of int8 inputs, tokens `x_stride`
-    bytes apart. `offsets`: address of -128 sum(x) as int32, `offset_stride` bytes apart.
-    -> n x i32x16.
-    """
-
-    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=8, small=True)
-        group.start(args[3], args[4])
-        for run in range(4):
-            low, high = _nibbles(b, _load(b, _offset(b, args[0], 64 * run), _VI8))
-            group.add(low, run)
-            group.add(high, run + 4)
-        return group.result()
-
-    result = types.UniTuple(I32X16, n.literal_value)
-    return result(w, x, x_stride, offsets, offset_stride, n), codegen
-
-
-@intrinsic(prefer_literal=True)
-def dots_codebook(
-    typingctx: Any,
-    w: Any,
-    levels: Any,
-    x: Any,
-    x_stride: Any,
-    offsets: Any,
-    offset_stride: Any,
-    n: Any,
-):
-    """As dots_int4, with codebook[code] in place of code - 8.
-
-    `levels`: address of 16 bytes, the codebook's int8 levels + 128.
-    """
-
-    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        group = _Group(b, sig.args[6].literal_value, args[2], args[3], zero=128, small=False)
-        group.start(args[4], args[5])
-        for run, codes in enumerate(_codebook_bytes(b, args[0], args[1])):
-            group.add(codes, run)
-        return group.result()
-
-    result = types.UniTuple(I32X16, n.literal_value)
-    return result(w, levels, x, x_stride, offsets, offset_stride, n), codegen
-
-
-@intrinsic(prefer_literal=True)
-def dots_int8(
-    typingctx: Any, w: Any, x: Any, x_stride: Any, offsets: Any, offset_stride: Any, n: Any
-):
-    """dot[t][r] = sum over 32 inputs i of (byte[r, i] - 128) x[t, i], exact, for n tokens t.
-
-    `w`: address of 8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j. The rest as
-    in dots_int4.
-    """
-
-    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        group = _Group(b, sig.args[5].literal_value, args[1], args[2], zero=128, small=False)
-        group.start(args[3], args[4])
-        for run, codes in enumerate(_int8_bytes(b, args[0])):
-            group.add(codes, run)
-        return group.result()
-
-    result = types.UniTuple(I32X16, n.literal_value)
-    return result(w, x, x_stride, offsets, offset_stride, n), codegen
-
-
-@intrinsic(prefer_literal=True)
-def dots_planes(
-    typingctx: Any,
-    high: Any,
-    low: Any,
-    x: Any,
-    x_stride: Any,
-    offsets: Any,
-    offset_stride: Any,
-    n: Any,
-):
-    """As dots_int8, of high nibbles and low ones, 4 x 64 bytes each as in dots_int4."""
-
-    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        group = _Group(b, sig.args[6].literal_value, args[2], args[3], zero=128, small=False)
-        group.start(args[4], args[5])
-        for run, codes in enumerate(_planes_bytes(b, args[0], args[1])):
-            group.add(codes, run)
-        return group.result()
-
-    result = types.UniTuple(I32X16, n.literal_value)
-    return result(high, low, x, x_stride, offsets, offset_stride, n), codegen
-
-
-def _dots_together(zero: int, small: bool, doc: str) -> Any:
-    @intrinsic(prefer_literal=True)
-    def function(typingctx: Any, w: Any, x: Any, offsets: Any, n: Any):
-        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-            n = sig.args[3].literal_value
-            group = _Group(b, n, args[1], _I64(4), zero, small, run_stride=4 * n)
-            group.start(args[2], _I64(4))
-            for run, codes in enumerate(_int8_bytes(b, args[0])):
-                group.add(codes, run)
-            return group.result()
-
-        result = types.UniTuple(I32X16, n.literal_value)
-        return result(w, x, offsets, n), codegen
-
-    function.__doc__ = doc
-    return function
-
-
-dots_expanded = _dots_together(
-    8,
-    True,
-    """As dots_int4, of codes that expand_int4 has laid out, and of tokens that lie together.
-
-    w: address of 8 x 64 bytes; x: of int8 inputs, four of every token, then the next four; offsets:
-    of an int32 of every token. No address has to be computed, of which there would be as many as
-    products.
-    """,
-)
-dots_bytes = _dots_together(128, False, "As dots_expanded, of bytes as in dots_int8.")
 
 
 def _int4_bytes(b: ir.IRBuilder, w: ir.Value) -> list[ir.Value]:
@@ -439,6 +294,70 @@ def _planes_bytes(b: ir.IRBuilder, high: ir.Value, low: ir.Value) -> list[ir.Val
         first.append(b.or_(b.and_(b.shl(h, four), upper), b.and_(rest, _const(_VI8, 0x0F))))
         second.append(b.or_(b.and_(h, upper), b.lshr(rest, four)))
     return first + second
+
+
+def _dots(
+    emit: Callable[[ir.IRBuilder, ir.Value, ir.Value], list[ir.Value]],
+    zero: int,
+    small: bool,
+    doc: str,
+) -> Any:
+    @intrinsic(prefer_literal=True)
+    def function(typingctx: Any, w: Any, other: Any, x: Any, offsets: Any, n: Any, width: Any):
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            w, other, x, offsets, _, _ = args
+            n, width = (literal.literal_value for literal in sig.args[4:])
+            return _dot_products(b, emit(b, w, other), x, offsets, n, width, zero, small)
+
+        result = types.UniTuple(I32X16, n.literal_value)
+        return result(w, other, x, offsets, n, width), codegen
+
+    function.__doc__ = doc
+    return function
+
+
+dots_int4 = _dots(
+    lambda b, w, other: _int4_bytes(b, w),
+    8,
+    True,
+    """dot[t][r] = sum over 32 inputs i of (code[r, i] - 8) x[t, i], exact, for n tokens t.
+
+    w: address of 4 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j in its low
+    nibble, input 16 + 4 b + j in its high one; other: of nothing. x: of int8 inputs, four of each
+    of `width` tokens, then the next four; offsets: of -128 sum(x) as int32, one of each token.
+    -> n x i32x16.
+    """,
+)
+dots_codebook = _dots(
+    _codebook_bytes,
+    128,
+    False,
+    """As dots_int4, with codebook[code] in place of code - 8.
+
+    other: address of 16 bytes, the codebook's int8 levels + 128.
+    """,
+)
+dots_int8 = _dots(
+    lambda b, w, other: _int8_bytes(b, w),
+    128,
+    False,
+    """As dots_int4, of (byte[r, i] - 128) x[t, i].
+
+    w: address of 8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j.
+    """,
+)
+dots_planes = _dots(
+    _planes_bytes,
+    128,
+    False,
+    "As dots_int8, of high nibbles and, at `other`, of low ones, both as in dots_int4.",
+)
+dots_expanded = _dots(
+    lambda b, w, other: _int8_bytes(b, w),
+    8,
+    True,
+    "As dots_int4, of codes that expand_int4 has laid out.",
+)
 
 
 def _expand(emit: Callable[..., list[ir.Value]], doc: str) -> Any:
@@ -558,19 +477,19 @@ def zeros(typingctx: Any, n: Any):
 
 
 @intrinsic
-def add_scaled(typingctx: Any, acc: Any, dots: Any, scale: Any, x_scales: Any, stride: Any):
-    """acc[t] + scale x_scale[t] dots[t]; x_scales: address of float32, `stride` bytes apart."""
+def add_scaled(typingctx: Any, acc: Any, dots: Any, scale: Any, x_scales: Any):
+    """acc[t] + scale x_scale[t] dots[t]; x_scales: address of float32, one of each token."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        acc, dots, scale, x_scales, stride = args
+        acc, dots, scale, x_scales = args
         for t in range(sig.args[0].count):
-            x_scale = _load(b, b.add(x_scales, b.mul(stride, _I64(t))), _F32)
+            x_scale = _load(b, _offset(b, x_scales, 4 * t), _F32)
             factor = b.fmul(scale, _splat(b, x_scale))
             value = b.sitofp(b.extract_value(dots, t), _VF32)
             acc = b.insert_value(acc, _fma(b, factor, value, b.extract_value(acc, t)), t)
         return acc
 
-    return acc(acc, dots, scale, x_scales, stride), codegen
+    return acc(acc, dots, scale, x_scales), codegen
 
 
 @intrinsic
@@ -832,18 +751,24 @@ def fma(typingctx: Any, x: Any, y: Any, z: Any):
     return F32X16(x, y, z), codegen
 
 
-@intrinsic
-def prefetch(typingctx: Any, address: Any):
-    """Asks for the cache line at an address, into the second-nearest cache."""
+def _prefetch(locality: int, doc: str) -> Any:
+    @intrinsic
+    def function(typingctx: Any, address: Any):
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            pointer = b.inttoptr(args[0], _I8.as_pointer())
+            function_type = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+            function = cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0")
+            b.call(function, [pointer, _I32(0), _I32(locality), _I32(1)])
+            return context.get_dummy_value()
 
-    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        pointer = b.inttoptr(args[0], _I8.as_pointer())
-        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(b.module, function_type, "llvm.prefetch.p0")
-        b.call(function, [pointer, _I32(0), _I32(2), _I32(1)])
-        return context.get_dummy_value()
+        return types.void(address), codegen
 
-    return types.void(address), codegen
+    function.__doc__ = doc
+    return function
+
+
+prefetch = _prefetch(2, "Asks for the cache line at an address, into the second-nearest cache.")
+prefetch_near = _prefetch(3, "Asks for the cache line at an address, into the nearest cache.")
 
 
 @intrinsic
