@@ -6,7 +6,7 @@ DEMO_MODEL := gemma-3-270m-int4
 # Tests keep their compiled kernels and models here, away from those in use.
 TEST_HOME := $(CURDIR)/.venv/test-home
 
-.PHONY: demo test fuzz kill guard determinism strings bench-peers bench-quality dist lint format clean
+.PHONY: demo test fuzz kill guard determinism strings bench-gains bench-peers bench-quality dist lint format clean
 
 demo: .venv/installed-demo
 	@$(BIN)/gemma-cli models 2>/dev/null | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
@@ -50,6 +50,10 @@ guard: .venv/installed-dev
 			tests/test_kernels.py tests/test_model.py || exit 1; \
 		done; \
 	done
+
+# Measures beside itself: contexts, batches, drafts, memory; tests/bench_gains.py says what ARGS are.
+bench-gains: .venv/installed-dev
+	@$(BIN)/python tests/bench_gains.py $(ARGS)
 
 # Measures beside llama.cpp; tests/bench_peers.py says what it needs and what ARGS can be.
 bench-peers: .venv/installed-dev

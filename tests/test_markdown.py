@@ -186,7 +186,7 @@ def test_what_is_shown() -> None:
     assert all(line == line.rstrip() for line in lines)
     for text in (
         "\nTitle\n",
-        "\n 1 first\n 2 second, with more\n    • nested\n",
+        "\n1. first\n2. second, with more\n    • nested\n",
         "\n • other\n • list\n",
         "\ndef f(x):\n    return",
         "<b>y</b>",

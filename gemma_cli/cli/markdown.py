@@ -18,7 +18,7 @@ from typing import TextIO
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markdown import CodeBlock, Heading, Markdown
+from rich.markdown import CodeBlock, Heading, ListItem, Markdown
 from rich.segment import Segment, Segments
 from rich.syntax import Syntax
 from rich.text import Text
@@ -113,8 +113,23 @@ class _Code(CodeBlock):
         )
 
 
+class _Item(ListItem):
+    def render_number(
+        self, console: Console, options: ConsoleOptions, number: int, last_number: int
+    ) -> RenderResult:
+        numeral, *rest = super().render_number(console, options, number, last_number)
+        assert isinstance(numeral, Segment)
+        yield Segment(f"{number}. ".rjust(len(numeral.text)), numeral.style)
+        yield from rest
+
+
 class _Markdown(Markdown):
-    elements = Markdown.elements | {"heading_open": _Heading, "fence": _Code, "code_block": _Code}
+    elements = Markdown.elements | {
+        "heading_open": _Heading,
+        "fence": _Code,
+        "code_block": _Code,
+        "list_item_open": _Item,
+    }
 
     def __init__(self, source: str) -> None:
         # A link is shown with where it goes: a terminal would hide that.
