@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 
 from quantize.cache import cache_folder, make_folder
 
@@ -47,6 +46,8 @@ def cached(folder: Path, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     Other threads run meanwhile, and a division by zero gives an infinity, as in NumPy. Where
     nothing can be written, the function is compiled in each process.
     """
+
+    import numba  # noqa: PLC0415 (takes a quarter of a second, and who only asks where needs none)
 
     def compile_for(function: Callable[..., Any]) -> Any:
         # Numba asks for the folder when a function is decorated, and would fall back on others.

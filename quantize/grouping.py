@@ -9,12 +9,6 @@ from numpy.typing import NDArray
 
 from quantize.compilation import FOLDER, cached
 
-LINEAR_LEVELS = tuple(range(-8, 8))
-"""The equal steps of a Q4_0 block, as a codebook."""
-
-IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""The codebook of a block of GGML's type IQ4_NL (llama.cpp, ggml-common.h, kvalues_iq4nl)."""
-
 LARGEST_SCALE = float(np.finfo(np.float16).max)
 
 

@@ -23,6 +23,12 @@ Everything here is (n_tiles, ...) uint8 and little-endian.
 import numpy as np
 from numpy.typing import NDArray
 
+LINEAR_LEVELS = tuple(range(-8, 8))
+"""The equal steps of a Q4_0 block, as a codebook."""
+
+IQ4_NL_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""The codebook of a block of GGML's type IQ4_NL (llama.cpp, ggml-common.h, kvalues_iq4nl)."""
+
 TILE_ROWS = 16
 RUN_INPUTS = 32
 """Inputs in one full run of a block; also the inputs that share an activation scale."""

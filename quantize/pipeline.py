@@ -22,8 +22,8 @@ from quantize.checkpoint import Checkpoint, SourceTensor
 from quantize.checkpoint.source import file_digest
 from quantize.errors import GemmaError
 from quantize.grid import find_grid
-from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS
 from quantize.modelfile import Description, MatrixSpec, ModelFile, Verification
+from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS
 from quantize.recipe import GROUP_SIZES, choose, rules_of
 from quantize.statistics import Calibration
 from quantize.tensors import matrix_shapes, norm_sizes

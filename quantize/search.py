@@ -13,7 +13,8 @@ from numba import literal_unroll
 from numpy.typing import NDArray
 
 from quantize.compilation import FOLDER, cached
-from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS, rounded_scales
+from quantize.grouping import rounded_scales
+from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS
 
 N_LEVELS = 16
 _LARGEST_LEVEL = 127

@@ -17,12 +17,11 @@ from numba.core import codegen, cpu
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import amx, attention, inputs, matmul, matrix
-from gemma_cli.runtime.forward import Shape
+from gemma_cli.runtime import amx, attention, inputs, matmul, tables, workspace
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import BLOCK, CAPACITY, KEYS, VALUES
-from quantize.grouping import LINEAR_LEVELS
-from quantize.pipeline import IQ4_NL_LEVELS
+from gemma_cli.runtime.tables import Shape
+from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS
 
 Array = NDArray[Any]
 
@@ -49,14 +48,14 @@ def _offsets(record: np.dtype[Any]) -> Any:
 
 N_IN, N_OUT, GROUP_SIZE = 256, 40, 64
 COLUMNS = -(-N_OUT // 16) * 16
-TOKEN_COUNTS = (1, inputs.TOKENS + 1, inputs.FEW + 3)
-ROWS = max(TOKEN_COUNTS) + inputs.TOKENS  # with some to spare
-PANEL_BYTES = matmul.scratch_bytes(ROWS)
-BLOCKS = inputs.allocate_blocks(ROWS, N_IN, exact=False).shape
+TOKEN_COUNTS = (1, workspace.TOKENS + 1, workspace.FEW + 3)
+ROWS = max(TOKEN_COUNTS) + workspace.TOKENS  # with some to spare
+PANEL_BYTES = workspace.scratch_bytes(ROWS)
+BLOCKS = workspace.allocate_blocks(ROWS, N_IN, exact=False).shape
 
 PRODUCT = np.dtype(
     [
-        ("matrix", np.int64, matrix.N_COLUMNS),
+        ("matrix", np.int64, tables.N_COLUMNS),
         ("n_tokens", np.int64),
         ("x", np.float32, (ROWS, N_IN)),
         ("codebook", np.uint8, 16),
@@ -79,22 +78,22 @@ PRODUCT_RESULT = np.dtype(
 _IN, _OUT = _offsets(PRODUCT), _offsets(PRODUCT_RESULT)
 
 _KINDS = (
-    ("int4", matrix.INT4, LINEAR_LEVELS),
-    ("int4", matrix.INT4_CODEBOOK, IQ4_NL_LEVELS),
-    ("int8", matrix.INT8, LINEAR_LEVELS),
-    ("int8_planes", matrix.PLANES, LINEAR_LEVELS),
-    ("bf16", matrix.BF16, LINEAR_LEVELS),
-    ("f32", matrix.F32, LINEAR_LEVELS),
+    ("int4", tables.INT4, LINEAR_LEVELS),
+    ("int4", tables.INT4_CODEBOOK, IQ4_NL_LEVELS),
+    ("int8", tables.INT8, LINEAR_LEVELS),
+    ("int8_planes", tables.PLANES, LINEAR_LEVELS),
+    ("bf16", tables.BF16, LINEAR_LEVELS),
+    ("f32", tables.F32, LINEAR_LEVELS),
 )
 
 
 @kernel
 def product(case, out):
     n = _array(case + _IN.n_tokens, (1,), np.int64)[0]
-    matrices = _array(case + _IN.matrix, (1, matrix.N_COLUMNS), np.int64)
-    matrices[0, matrix.ADDRESS] = case + _IN.tiles
-    matrices[0, matrix.CODEBOOK] = case + _IN.codebook
-    h = inputs.Inputs(
+    matrices = _array(case + _IN.matrix, (1, tables.N_COLUMNS), np.int64)
+    matrices[0, tables.ADDRESS] = case + _IN.tiles
+    matrices[0, tables.CODEBOOK] = case + _IN.codebook
+    h = workspace.Inputs(
         _array(case + _IN.x, (n, N_IN), np.float32),
         _array(out + _OUT.codes, (n, N_IN), np.int8),
         _array(out + _OUT.scales, (n, N_IN // 32), np.float32),
@@ -117,7 +116,7 @@ def products() -> tuple[Array, Callable[[Array, Array], None]]:
     matrices = []
     for i, case in enumerate(cases):
         fmt, number, codebook = _KINDS[i % len(_KINDS)]
-        if number in (matrix.BF16, matrix.F32):
+        if number in (tables.BF16, tables.F32):
             m = twins.floating(fmt, rng.standard_normal((N_OUT, N_IN)).astype(np.float32))
         else:
             low, high, dtype = (0, 16, np.uint8) if fmt == "int4" else (-128, 128, np.int8)
@@ -143,11 +142,11 @@ def products() -> tuple[Array, Callable[[Array, Array], None]]:
 
 # Attention, of storing keys and values, too, and over the end of a span.
 
-N, N_HEADS, N_KV_HEADS, HEAD_DIM = attention.SPAN + 14, 4, 2, 32
+N, N_HEADS, N_KV_HEADS, HEAD_DIM = workspace.SPAN + 14, 4, 2, 32
 SLOTS = -(-N // BLOCK) * BLOCK
 CAP = 2.0
 QUERIES = N * N_HEADS // N_KV_HEADS
-SCRATCH_ROWS = attention.ROWS + attention.ITEM_ROWS
+SCRATCH_ROWS = workspace.ROWS + workspace.ITEM_ROWS
 
 ATTENTION = np.dtype(
     [
@@ -155,7 +154,7 @@ ATTENTION = np.dtype(
         ("k", np.float32, (N, N_KV_HEADS, HEAD_DIM)),
         ("v", np.float32, (N, N_KV_HEADS, HEAD_DIM)),
         ("q", np.float32, (N_KV_HEADS, QUERIES, HEAD_DIM)),
-        ("spare", np.float32, (attention.ROWS, HEAD_DIM)),
+        ("spare", np.float32, (workspace.ROWS, HEAD_DIM)),
     ],
     align=True,
 )
@@ -166,8 +165,8 @@ ATTENTION_RESULT = np.dtype(
         ("cache", np.int64, 5),
         ("keys", np.float16, (N_KV_HEADS, SLOTS, HEAD_DIM)),
         ("values", np.float16, (N_KV_HEADS, SLOTS, HEAD_DIM)),
-        ("scores", np.float32, (1, attention.ROWS, attention.SPAN)),
-        ("weights", np.float32, (1, attention.ROWS, attention.SPAN)),
+        ("scores", np.float32, (1, workspace.ROWS, workspace.SPAN)),
+        ("weights", np.float32, (1, workspace.ROWS, workspace.SPAN)),
         ("sums", np.float32, (1, SCRATCH_ROWS, HEAD_DIM)),
         ("maxima", np.float32, (1, SCRATCH_ROWS)),
         ("divisors", np.float32, (1, SCRATCH_ROWS)),
@@ -191,9 +190,9 @@ def attend(case, out):
     sums = _array(out + _A_OUT.sums, (1, SCRATCH_ROWS, HEAD_DIM), np.float32)
     maxima = _array(out + _A_OUT.maxima, (1, SCRATCH_ROWS), np.float32)
     divisors = _array(out + _A_OUT.divisors, (1, SCRATCH_ROWS), np.float32)
-    scratch = attention.Scratch(
-        _array(out + _A_OUT.scores, (1, attention.ROWS, attention.SPAN), np.float32),
-        _array(out + _A_OUT.weights, (1, attention.ROWS, attention.SPAN), np.float32),
+    scratch = workspace.AttentionScratch(
+        _array(out + _A_OUT.scores, (1, workspace.ROWS, workspace.SPAN), np.float32),
+        _array(out + _A_OUT.weights, (1, workspace.ROWS, workspace.SPAN), np.float32),
         *(sums, maxima, divisors),
         *(sums, maxima, divisors),  # for partial results, which are not made here
     )

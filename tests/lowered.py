@@ -25,7 +25,7 @@ from llvmlite import ir
 from numpy.typing import NDArray
 
 from quantize import packing
-from quantize.grouping import LINEAR_LEVELS
+from quantize.packing import LINEAR_LEVELS
 
 # For each instruction set: target triple, CPU, features beyond that CPU's, and what LLVM calls the
 # features of such a CPU.

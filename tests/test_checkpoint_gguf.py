@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.checkpoint.gguf import GGUFTensor, read_gguf
 from quantize.errors import GemmaError
-from quantize.grouping import IQ4_NL_LEVELS
+from quantize.packing import IQ4_NL_LEVELS
 
 GEMMA3 = tiny("gemma3")
 WEIGHTS = random_weights(GEMMA3)

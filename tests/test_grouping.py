@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from quantize.grouping import LINEAR_LEVELS, round_int4, round_int8
+from quantize.grouping import round_int4, round_int8
+from quantize.packing import LINEAR_LEVELS
 
 Rows = NDArray[np.float32]
 LEVELS = {"int4": np.array(LINEAR_LEVELS), "int8": np.arange(-127, 128)}

@@ -26,18 +26,19 @@ from gemma_cli.runtime import (
     kv_cache,
     layers,
     matmul,
-    matmul_panels,
     matrix,
+    model,
+    tables,
     team,
     vector,
+    workspace,
 )
-from gemma_cli.runtime.amx import BLOCK
 from gemma_cli.runtime.embedding import embed
-from gemma_cli.runtime.forward import Shape
-from gemma_cli.runtime.inputs import FEW, TOKENS, Inputs
+from gemma_cli.runtime.tables import Shape
+from gemma_cli.runtime.workspace import BLOCK, FEW, TOKENS, Inputs
 from quantize import packing
-from quantize.grouping import LINEAR_LEVELS, round_int4, round_int8
-from quantize.pipeline import IQ4_NL_LEVELS
+from quantize.grouping import round_int4, round_int8
+from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS
 
 Float32 = NDArray[np.float32]
 
@@ -58,11 +59,11 @@ def addresses(matrices: Sequence[twins.Matrix], codebooks: NDArray[np.uint8]) ->
     for m, levels in zip(matrices, codebooks, strict=True):
         levels[:] = np.array(m.codebook) + 128
         fmt = {
-            "int8": matrix.INT8,
-            "int8_planes": matrix.PLANES,
-            "bf16": matrix.BF16,
-            "f32": matrix.F32,
-        }.get(m.format, matrix.INT4 if m.codebook == LINEAR_LEVELS else matrix.INT4_CODEBOOK)
+            "int8": tables.INT8,
+            "int8_planes": tables.PLANES,
+            "bf16": tables.BF16,
+            "f32": tables.F32,
+        }.get(m.format, tables.INT4 if m.codebook == LINEAR_LEVELS else tables.INT4_CODEBOOK)
         row = (m.tiles.ctypes.data, fmt, len(m.tiles), m.n_in, m.group_size, levels.ctypes.data)
         rows.append(row)
     return np.array(rows, np.int64)
@@ -116,7 +117,7 @@ class Padded:
         self.scales = np.full((len(self.x), self.n_in // 32 + 5 * BEYOND), np.nan, np.float32)
         self.offsets = np.full(self.scales.shape, 99, np.int32)
         n_runs = self.n_in // 32
-        blocks = inputs.allocate_blocks(n, self.n_in, exact=True)
+        blocks = workspace.allocate_blocks(n, self.n_in, exact=True)
         self.blocks = np.full((len(blocks) + BEYOND, blocks.shape[1]), 99, np.uint16)
         self.inputs = Inputs(
             self.x[:n, : self.n_in],
@@ -144,9 +145,9 @@ def multiply(matrices: Sequence[twins.Matrix], x: Float32, n_threads: int = 1) -
     table = addresses(matrices, codebooks)
     width = sum(m.n_columns for m in matrices)
     y = np.full((len(x) + BEYOND, width + 16 * BEYOND), np.nan, np.float32)
-    n_bytes = matmul.scratch_bytes(len(x))
+    n_bytes = workspace.scratch_bytes(len(x))
     panels = np.full((n_threads, n_bytes + 64 * BEYOND), 99, np.uint8)
-    counters, h = team.counters(1), Padded(x).inputs
+    counters, h = workspace.counters(1), Padded(x).inputs
     on_threads(
         n_threads,
         lambda thread: run_matmul(
@@ -404,7 +405,7 @@ def test_products_of_many_tokens(fmt: str, codebook: tuple[int, ...], n_tokens: 
 def test_products_of_many_inputs_and_tiles(fmt: str) -> None:
     """More than a panel's inputs, and more tiles than go side by side, or lie in a slab."""
     rng = np.random.default_rng(23)
-    n_in, n_out = matmul_panels.PANEL + 256, 16 * packing.SLAB_TILES + 40
+    n_in, n_out = workspace.PANEL + 256, 16 * packing.SLAB_TILES + 40
     m = random_matrix(rng, fmt, n_out, n_in, 32, LINEAR_LEVELS)
     x = random_inputs(rng, FEW + 3, n_in)
     y = multiply([m], x, 2)
@@ -450,7 +451,7 @@ def run_head(counters, thread, n_threads, matrices, vocab_size, h, n_best, cap, 
     items = matmul.ITEMS * n_threads
     head.prepare(counters, 0, 1, thread, h, scratch)
     head.rank(counters, 1, items, thread, matrices, vocab_size, h, scratch, n_threads)
-    head.find_threshold(counters, 2, 1, thread, n_best, scratch)
+    head.find_best(counters, 2, 1, thread, n_best, scratch)
     head.refine(counters, 3, items, thread, matrices, h, scratch, cap, logits, n_threads)
 
 
@@ -465,11 +466,11 @@ def test_the_largest_logits_are_those_of_the_whole_head(n_best: int, group_size:
     [whole] = multiply([m], x)
     from_python(layers.soft_cap)(whole, cap)
     table, h = addresses([m], np.empty((1, 16), np.uint8)), Padded(x).inputs
-    scratch = head.allocate(n_in, len(m.tiles))
+    scratch = workspace.allocate_head(n_in, len(m.tiles))
     for array in scratch:
         array[:] = -1
     logits = np.full(m.n_columns, np.nan, np.float32)
-    counters = team.counters(4)
+    counters = workspace.counters(4)
     on_threads(
         2,
         lambda thread: run_head(
@@ -492,12 +493,15 @@ def test_bounds_hold_for_weights_that_the_high_nibbles_do_not_show() -> None:
     weights = rng.standard_normal((320, 256), np.float32) / 50
     weights[:, ::32] = rng.choice([-1, 1], (320, 8))
     m = twins.coded("int8_planes", *round_int8(weights, 32))
-    scratch, table = head.allocate(256, len(m.tiles)), addresses([m], np.empty((1, 16), np.uint8))
+    scratch, table = (
+        workspace.allocate_head(256, len(m.tiles)),
+        addresses([m], np.empty((1, 16), np.uint8)),
+    )
     for _ in range(3):
         x = rng.standard_normal((1, 256)).astype(np.float32)
         [whole] = multiply([m], x)
         logits = np.empty_like(whole)
-        run_head(team.counters(4), 0, 1, table, 320, Padded(x).inputs, 1, 0.0, scratch, logits)
+        run_head(workspace.counters(4), 0, 1, table, 320, Padded(x).inputs, 1, 0.0, scratch, logits)
         largest = whole.reshape(-1, 16).max(-1)
         assert (scratch.lower <= largest).all()
         assert (scratch.upper >= largest).all()
@@ -614,7 +618,7 @@ def shape(n_heads: int, n_kv_heads: int, cap: float, head_dim: int = 0) -> Shape
 def grouped(q: Float32, n_kv_heads: int) -> Float32:
     """Queries (n, n_heads, head_dim) as attention takes them, with rows to spare of NaN."""
     n, n_heads, head_dim = q.shape
-    flat = np.full((n * n_heads + attention.ROWS) * head_dim, np.nan, np.float32)
+    flat = np.full((n * n_heads + workspace.ROWS) * head_dim, np.nan, np.float32)
     rows = flat[: q.size].reshape(n_kv_heads, n * (n_heads // n_kv_heads), head_dim)
     rows[:] = q.reshape(n, n_kv_heads, -1, head_dim).transpose(1, 0, 2, 3).reshape(rows.shape)
     return rows
@@ -635,9 +639,9 @@ def attend_all(
     n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     s = shape(n_heads, n_kv_heads, cap, head_dim)
     out = np.full((len(q), q[0].size), np.nan, np.float32)
-    partials = attention.count_partials(n_heads, n_kv_heads, min(chunk, FEW), len(q))
-    scratch: Any = attention.allocate(n_threads, head_dim, partials)
-    own = attention_amx.allocate_scratch(n_threads, head_dim)
+    partials = workspace.count_partials(n_heads, n_kv_heads, min(chunk, FEW), len(q))
+    scratch: Any = workspace.allocate_attention(n_threads, head_dim, partials)
+    own = workspace.allocate_amx_attention(n_threads, head_dim)
     for array in (*scratch, *own):
         array.view(np.uint8)[:] = 255  # NaN
     if amx:
@@ -645,7 +649,7 @@ def attend_all(
     for start in range(0, len(q), chunk):
         part = slice(start, start + chunk)
         cache.store(k[part], v[part], start)
-        counters, rows = team.counters(2), grouped(q[part], n_kv_heads)
+        counters, rows = workspace.counters(2), grouped(q[part], n_kv_heads)
 
         def work(
             thread: int,
@@ -710,7 +714,7 @@ def test_attention_is_the_twins(
 @pytest.mark.parametrize("kind", ["f16", "int8"])
 @pytest.mark.parametrize("window", [0, 300])
 def test_attention_over_several_spans(window: int, kind: str) -> None:
-    n, n_heads, n_kv_heads, head_dim = 2 * attention.SPAN + 60, 4, 2, 16
+    n, n_heads, n_kv_heads, head_dim = 2 * workspace.SPAN + 60, 4, 2, 16
     rng = np.random.default_rng(21)
     q, k, v = random_heads(rng, n, n_heads, n_kv_heads, head_dim)
     whole = Cache(kind, n, n_kv_heads, head_dim)
@@ -736,7 +740,7 @@ def test_attention_by_amx_is_the_twins(
     n_heads: int, n_kv_heads: int, head_dim: int, window: int, cap: float, kind: str
 ) -> None:
     """The same however many tokens go at once, over several spans, in rings that wrap around."""
-    n = attention.SPAN + 75
+    n = workspace.SPAN + 75
     rng = np.random.default_rng(28)
     q, k, v = random_heads(rng, n, n_heads, n_kv_heads, head_dim)
     whole = Cache(kind, n, n_kv_heads, head_dim)
@@ -768,20 +772,23 @@ def test_attention_of_several_sequences() -> None:
     queries = rng.standard_normal((n, n_heads, head_dim)).astype(np.float32)
     caches = [Cache("f16", 720, n_kv_heads, head_dim) for _ in range(n)]
     s, alone = shape(n_heads, n_kv_heads, 0.0), []
-    partials = attention.count_partials(n_heads, n_kv_heads, n, 720)
-    scratch = attention.allocate(1, head_dim, partials)
+    partials = workspace.count_partials(n_heads, n_kv_heads, n, 720)
+    scratch = workspace.allocate_attention(1, head_dim, partials)
     out = np.empty((n, n_heads * head_dim), np.float32)
     for t in range(n):
         k, v = rng.standard_normal((2, positions[t] + 1, n_kv_heads, head_dim)).astype("f4")
         caches[t].store(k, v, 0)
-        rows, counters = grouped(queries[t : t + 1], n_kv_heads), team.counters(2)
+        rows, counters = grouped(queries[t : t + 1], n_kv_heads), workspace.counters(2)
         table = caches[t].table[None, None]
         position = positions[t : t + 1]
         run_spans(counters, 0, rows, position, table, s, 0, False, scratch, out[t : t + 1])
         alone.append(out[t].copy())
-    tables, counters = np.stack([cache.table[None] for cache in caches]), team.counters(2)
+    cache_tables, counters = (
+        np.stack([cache.table[None] for cache in caches]),
+        workspace.counters(2),
+    )
     rows = grouped(queries, n_kv_heads)
-    run_spans(counters, 0, rows, positions, tables, s, 0, False, scratch, out)
+    run_spans(counters, 0, rows, positions, cache_tables, s, 0, False, scratch, out)
     np.testing.assert_array_equal(out, alone)
 
 
@@ -898,7 +905,7 @@ def test_add() -> None:
 @pytest.mark.parametrize("position", [0, 1, 511, 131071])
 def test_rotary_angles(position: int, base: float, scale: float) -> None:
     cos, sin = np.empty((2, 128), np.float32)
-    frequencies = layers.rotary_frequencies(256, base, scale)
+    frequencies = model.rotary_frequencies(256, base, scale)
     from_python(layers.rotary_angles)(position, frequencies, cos, sin)
     angles = position / scale * base ** (-np.arange(128) / 128)
     # Computed in float64 and rounded once, by 2^-25 at most; 131,072 radians cost 1e-11 besides.
@@ -1047,13 +1054,13 @@ def run_spread(counters, thread, values):
 
 @pytest.mark.parametrize("n_threads", [1, 2, 16])
 def test_a_stage_does_every_item_once(n_threads: int) -> None:
-    counters, hits = team.counters(1), np.zeros(10_000, np.int64)
+    counters, hits = workspace.counters(1), np.zeros(10_000, np.int64)
     on_threads(n_threads, lambda thread: run_count(counters, 0, 10_000, thread, hits))
     assert (hits == 1).all()
 
 
 def test_a_stage_does_not_wait_for_a_thread_that_is_late() -> None:
-    counters, hits = team.counters(1), np.zeros(1000, np.int64)
+    counters, hits = workspace.counters(1), np.zeros(1000, np.int64)
     run_count(counters, 0, 1000, 0, hits)  # returns, though thread 1 has not come
     assert (hits == 1).all()
     run_count(counters, 0, 1000, 1, hits)
@@ -1061,7 +1068,7 @@ def test_a_stage_does_not_wait_for_a_thread_that_is_late() -> None:
 
 
 def test_a_stage_without_items() -> None:
-    counters, hits = team.counters(2), np.zeros(10, np.int64)
+    counters, hits = workspace.counters(2), np.zeros(10, np.int64)
 
     def work(thread: int) -> None:
         run_count(counters, 0, 0, thread, hits)
@@ -1084,7 +1091,7 @@ def test_stages_see_what_the_stages_before_have_written() -> None:
     for late in (0.0, 0.001):
         values = np.zeros_like(expected)
         values[0] = expected[0]
-        counters = team.counters(n_stages)
+        counters = workspace.counters(n_stages)
 
         def work(
             thread: int, late: float = late, counters: Any = counters, values: Any = values

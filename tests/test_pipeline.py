@@ -32,8 +32,9 @@ from twins import dequantized
 from quantize import packing
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import GemmaError
-from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS, round_int4
+from quantize.grouping import round_int4
 from quantize.modelfile import ModelFile
+from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS
 from quantize.pipeline import Progress, plan, quantize
 from quantize.statistics import InputStatistics
 from quantize.tensors import matrix_shapes, norm_sizes

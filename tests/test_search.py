@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 
 from quantize import compensation
 from quantize.compensation import factorize, round_compensated
-from quantize.grouping import IQ4_NL_LEVELS, LINEAR_LEVELS, round_int4
+from quantize.grouping import round_int4
+from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS
 from quantize.search import Levels, fit_codebook, round_searched, search_scales
 
 Floats = NDArray[np.float64]

@@ -14,8 +14,8 @@ import reference
 from numpy.typing import NDArray
 
 from quantize import packing
-from quantize.grouping import LINEAR_LEVELS
 from quantize.modelfile import ModelFile
+from quantize.packing import LINEAR_LEVELS
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from gemma_cli.runtime.model import bytes_per_token
 from quantize.config import GemmaConfig
-from quantize.grouping import LINEAR_LEVELS
 from quantize.modelfile import MatrixSpec
+from quantize.packing import LINEAR_LEVELS
 from quantize.recipe import choose, rules_of
 from quantize.tensors import matrix_shapes
 

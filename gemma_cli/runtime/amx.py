@@ -9,30 +9,19 @@ hypervisor or a CPU's erratum (SPR4 of Sapphire Rapids) loses them. So a tile th
 with is filled at first (`mark`), and whoever finds it empty at last (`lost`) begins again.
 """
 
-import math
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.vector import load_byte
-
-TILE = 1024
-"""Bytes of a tile."""
+from gemma_cli.runtime.workspace import STEP, TILE
 
 MARKED = 7
 """The tile that nobody computes with."""
-
-BLOCK = 32
-"""Rows and columns of sums that are computed at once, in four tiles."""
-
-STEP = 2 * TILE
-"""Bytes of BLOCK rows or columns of 32 inputs."""
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 
@@ -130,14 +119,6 @@ def add_product(typingctx: Any, c: Any, a: Any, b: Any):
         return context.get_dummy_value()
 
     return types.void(c, a, b), codegen
-
-
-def allocate(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
-    """Zeros that begin with a cache line, so that no row of a tile lies in two."""
-    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.zeros(n_bytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + n_bytes].view(dtype).reshape(shape)
 
 
 @kernel

@@ -14,12 +14,9 @@ them share a key or a value once it is loaded.
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gemma_cli.runtime.inputs import TOKENS
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import (
     BLOCK,
@@ -51,57 +48,10 @@ from gemma_cli.runtime.vector import (
     store_scalar,
     zeros,
 )
-
-SPAN = 256
-"""Positions of a partial result, a multiple of BLOCK."""
-
-ROWS = TOKENS
-"""Queries whose sums are held at once: what fits the vector registers."""
-
-ITEM_ROWS = 32
-"""Queries of an item that goes through all spans: they find a span's keys and values in the L2."""
+from gemma_cli.runtime.workspace import ITEM_ROWS, ROWS, SPAN
 
 MASKED = np.float32(-1e30)
 """The score of a position that a token does not see."""
-
-
-class Scratch(NamedTuple):
-    """What `attend` writes to: its threads' own memory, and partial results for `merge`."""
-
-    scores: NDArray[np.float32]  # (n_threads, ROWS, SPAN)
-    weights: NDArray[np.float32]  # (n_threads, ROWS, SPAN)
-    sums: NDArray[np.float32]  # (n_threads, ROWS + ITEM_ROWS, head_dim): a partial result, totals
-    maxima: NDArray[np.float32]  # (n_threads, ROWS + ITEM_ROWS)
-    divisors: NDArray[np.float32]  # (n_threads, ROWS + ITEM_ROWS)
-    partial_sums: NDArray[np.float32]  # (n_partials, ROWS, head_dim)
-    partial_maxima: NDArray[np.float32]  # (n_partials, ROWS)
-    partial_divisors: NDArray[np.float32]  # (n_partials, ROWS)
-
-
-def allocate(n_threads: int, head_dim: int, n_partials: int) -> Scratch:
-    """Scratch memory; n_partials as `count_partials` gives it."""
-
-    def array(*shape: int) -> NDArray[np.float32]:
-        return np.zeros(shape, np.float32)
-
-    rows = ROWS + ITEM_ROWS
-    return Scratch(
-        array(n_threads, ROWS, SPAN),
-        array(n_threads, ROWS, SPAN),
-        array(n_threads, rows, head_dim),
-        array(n_threads, rows),
-        array(n_threads, rows),
-        array(n_partials, ROWS, head_dim),
-        array(n_partials, ROWS),
-        array(n_partials, ROWS),
-    )
-
-
-def count_partials(n_heads: int, n_kv_heads: int, n_tokens: int, context: int) -> int:
-    """Partial results of n_tokens, of one sequence or of as many, that see a whole context."""
-    group = n_heads // n_kv_heads
-    blocks = max(-(-n_tokens * group // ROWS), n_tokens * -(-group // ROWS))
-    return n_kv_heads * blocks * (-(-context // SPAN) + 1)
 
 
 @kernel

@@ -4,28 +4,13 @@ Queries, keys, the weights of positions and values become bfloat16; scores and s
 a query's result differs from `attention_rows`'s by roundings, up to 2^-8 of each of them, and is
 used only where weights are rounded, too. It depends on nothing but the query, as it does there.
 
-A span's keys and values are expanded once for ROWS queries, which takes as long as multiplying 60
-of them, and all that is used meanwhile (0.8 MB for heads of 256) stays in the L2 cache.
+A span's keys and values are expanded once for AMX_ROWS queries, which takes as long as multiplying
+60 of them, and all that is used meanwhile (0.8 MB for heads of 256) stays in the L2 cache.
 """
 
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
-
-from gemma_cli.runtime import attention, isa
-from gemma_cli.runtime.amx import (
-    BLOCK,
-    STEP,
-    TILE,
-    allocate,
-    configure,
-    lost,
-    mark,
-    multiply_blocks,
-    release,
-)
-from gemma_cli.runtime.attention import MASKED, SPAN, divide, fill, merge, seen, weigh_positions
+from gemma_cli.runtime import attention
+from gemma_cli.runtime.amx import configure, lost, mark, multiply_blocks, release
+from gemma_cli.runtime.attention import MASKED, divide, fill, merge, seen, weigh_positions
 from gemma_cli.runtime.inputs import block_offset
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import BLOCK as KEY_TILE
@@ -41,41 +26,7 @@ from gemma_cli.runtime.vector import (
     store_bf16_pairs,
     store_f32,
 )
-
-ROWS = 128
-"""Queries of an item, a multiple of BLOCK."""
-
-
-class Scratch(NamedTuple):
-    """A thread's memory: what is multiplied, bfloat16 in the order of tiles, and what is summed."""
-
-    queries: NDArray[np.uint16]  # (n_threads, ROWS * head_dim), in blocks as inputs are
-    keys: NDArray[np.uint16]  # (n_threads, SPAN * head_dim)
-    values: NDArray[np.uint16]  # (n_threads, SPAN * head_dim)
-    scores: NDArray[np.float32]  # (n_threads, ROWS, SPAN + 16): rows in different parts of a cache
-    weights: NDArray[np.float32]  # (n_threads, SPAN), of one query
-    rounded: NDArray[np.uint16]  # (n_threads, ROWS * SPAN), of all, in blocks
-    sums: NDArray[np.float32]  # (n_threads, 2 a span's or total, ROWS, head_dim)
-    maxima: NDArray[np.float32]  # (n_threads, 2, ROWS)
-    divisors: NDArray[np.float32]  # (n_threads, 2, ROWS)
-    lines: NDArray[np.uint8]  # (n_threads, 64), for `amx.lost`
-
-
-def allocate_scratch(n_threads: int, head_dim: int) -> Scratch:
-    """Scratch memory, nothing without AMX."""
-    n = n_threads if isa.AMX else 0
-    return Scratch(
-        allocate((n, ROWS * head_dim), np.uint16),
-        allocate((n, SPAN * head_dim), np.uint16),
-        allocate((n, SPAN * head_dim), np.uint16),
-        allocate((n, ROWS, SPAN + 16), np.float32),
-        allocate((n, SPAN), np.float32),
-        allocate((n, ROWS * SPAN), np.uint16),
-        allocate((n, 2, ROWS, head_dim), np.float32),
-        allocate((n, 2, ROWS), np.float32),
-        allocate((n, 2, ROWS), np.float32),
-        allocate((n, 64), np.uint8),
-    )
+from gemma_cli.runtime.workspace import AMX_ROWS, BLOCK, SPAN, STEP, TILE
 
 
 @kernel
@@ -178,17 +129,17 @@ def n_row_items(n_tokens, s, exact):
     if not _rounds(s, exact):
         return attention.n_row_items(n_tokens, s, exact)
     n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
-    return s.n_kv_heads * ((n_rows + ROWS - 1) // ROWS)
+    return s.n_kv_heads * ((n_rows + AMX_ROWS - 1) // AMX_ROWS)
 
 
 @kernel
 def _attend_item(item, thread, q, position, cache, s, window, is_int8, scratch, out):
-    """An item of attend_rows, ROWS queries of a key head."""
+    """An item of attend_rows, AMX_ROWS queries of a key head."""
     group, head_dim = s.n_heads // s.n_kv_heads, s.head_dim
     head, block = item % s.n_kv_heads, item // s.n_kv_heads
     # The last queries see most, and come first: so threads end together.
-    first_row = (q.shape[1] - 1) // ROWS * ROWS - block * ROWS
-    rows = min(ROWS, q.shape[1] - first_row)
+    first_row = (q.shape[1] - 1) // AMX_ROWS * AMX_ROWS - block * AMX_ROWS
+    rows = min(AMX_ROWS, q.shape[1] - first_row)
     queries, keys = address_of(scratch.queries[thread]), address_of(scratch.keys[thread])
     values, rounded = address_of(scratch.values[thread]), address_of(scratch.rounded[thread])
     scores, weights = scratch.scores[thread], scratch.weights[thread]

@@ -8,7 +8,10 @@ from quantize.compilation import kernels_folder
 FOLDER = kernels_folder(Path(__file__).parent.glob("*.py"), isa.NAME)
 """Where this process looks for its kernels and keeps them."""
 
+FILE = FOLDER / "forward.o"
+"""Those of a model, as machine_code.py keeps them."""
+
 
 def needs_compiling() -> bool:
-    """Whether the next use of the runtime compiles its kernels, for half a minute at most."""
-    return not any(FOLDER.glob("**/forward.forward-*.nbi"))
+    """Whether the next use of a model compiles its kernels, for half a minute at most."""
+    return not FILE.exists()

@@ -6,17 +6,8 @@ The layout is quantize.packing's; matrices are rows of matmul's table.
 import numpy as np
 
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.matrix import (
-    BF16,
-    CODEBOOK,
-    F32,
-    FORMAT,
-    GROUP_SIZE,
-    INT8,
-    PLANES,
-    SCALES,
-    tile_address,
-)
+from gemma_cli.runtime.matrix import SCALES, tile_address
+from gemma_cli.runtime.tables import BF16, CODEBOOK, F32, FORMAT, GROUP_SIZE, INT8, PLANES
 from gemma_cli.runtime.vector import load_byte, load_scalar
 
 

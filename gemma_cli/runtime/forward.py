@@ -9,77 +9,35 @@ where h = attn_norm(x), h' = ffn_norm(x); Gemma 1 has no post norms, only Gemma 
 queries and keys (Gemma 1: arXiv:2403.08295; 2: arXiv:2408.00118; 3: arXiv:2503.19786).
 """
 
-from typing import NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
 from gemma_cli.runtime import attention, attention_amx, head, isa, kv_cache, matmul
 from gemma_cli.runtime.embedding import embed
-from gemma_cli.runtime.inputs import FEW, Inputs, round_inputs, some_inputs
-from gemma_cli.runtime.kernel import entry, kernel
+from gemma_cli.runtime.inputs import round_inputs, some_inputs
+from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.layers import add, geglu, rms_norm, rotary_angles, rotate, soft_cap
-from gemma_cli.runtime.matrix import FORMAT, PLANES
+from gemma_cli.runtime.tables import (
+    ATTN_NORM,
+    DOWN,
+    FFN_NORM,
+    FORMAT,
+    GATE,
+    K_NORM,
+    PLANES,
+    POST_ATTN_NORM,
+    POST_FFN_NORM,
+    Q_NORM,
+    UP,
+    O,
+    Q,
+    V,
+)
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import address_of, load_f32, store_f32
-
-# Rows of the table of matrices: these seven for every layer, then the embedding.
-Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
-MATRICES = ("attn_q", "attn_k", "attn_v", "attn_o", "ffn_gate", "ffn_up", "ffn_down")
-
-# Columns of the table of norms, a row a layer and one for the final norm in its first column;
-# the address of float32 weights, 0 for a norm that the architecture does not have.
-ATTN_NORM, Q_NORM, K_NORM, POST_ATTN_NORM, FFN_NORM, POST_FFN_NORM = range(6)
-NORMS = ("attn_norm", "q_norm", "k_norm", "post_attn_norm", "ffn_norm", "post_ffn_norm")
-
-
-class Shape(NamedTuple):
-    """What the kernels need to know of a GemmaConfig."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    sliding_window: int
-    rms_norm_eps: float
-    query_scale: float
-    attention_soft_cap: float
-    final_soft_cap: float
-
-
-class Weights(NamedTuple):
-    """Addresses of everything that is read from the mapping, and the layers' kinds."""
-
-    matrices: NDArray[np.int64]  # (7 n_layers + 1, matrix.N_COLUMNS)
-    norms: NDArray[np.int64]  # (n_layers + 1, 6)
-    slides: NDArray[np.bool_]  # (n_layers,)
-    frequencies: NDArray[np.float64]  # (2 global or sliding, head_dim / 2), of rotary positions
-    exact: bool  # no matrix is rounded to codes
-
-
-class Scratch(NamedTuple):
-    """Intermediate values of a chunk; `h` and `outputs` serve matrices of every width.
-
-    `h` has rows to spare up to a multiple of inputs.TOKENS.
-    """
-
-    x: NDArray[np.float32]  # (chunk, hidden_size), the residual stream
-    h: Inputs  # of the widest matrix
-    outputs: NDArray[np.float32]  # (chunk, widest set of matrix outputs)
-    queries: NDArray[np.float32]  # (chunk * n_heads * head_dim + what attention reads beyond,)
-    panels: NDArray[np.uint8]  # (n_threads, matmul.scratch_bytes(chunk))
-    angles: NDArray[np.float32]  # (2 global or sliding, 2 cos or sin, chunk, head_dim / 2)
-    attention: attention.Scratch
-    attention_amx: attention_amx.Scratch
-    head: head.Scratch
-
+from gemma_cli.runtime.workspace import FEW, STAGES
 
 _many = attention_amx if isa.AMX else attention
 
-STAGES = 10  # of a layer
 GATE_PART = 2048  # outputs of GeGLU that one thread computes at once
 
 
@@ -182,25 +140,20 @@ def _cap_token(t, thread, logits, cap):
         soft_cap(logits[t], cap)
 
 
-def n_stages(n_layers: int) -> int:
-    """Rows of counters that `forward` needs."""
-    return 1 + STAGES * n_layers + 5
-
-
-@entry
+@kernel
 def forward(
     thread,
+    n_threads,
     counters,
     s,
     weights,
+    scratch,
     caches,
     is_int8,
-    scratch,
     tokens,
     positions,
     n_best,
     logits,
-    n_threads,
 ):
     """Runs tokens and appends them to their caches: many of one sequence, or one each of several.
 
@@ -220,9 +173,7 @@ def forward(
     h = some_inputs(scratch.h, 0, n, s.hidden_size)
     mixed = some_inputs(scratch.h, 0, n, s.n_heads * s.head_dim)
     gated = some_inputs(scratch.h, 0, n, ffn)
-    queries = scratch.queries[: n * s.n_heads * s.head_dim].reshape(
-        s.n_kv_heads, n * (s.n_heads // s.n_kv_heads), s.head_dim
-    )
+    queries = scratch.queries[:, : n * (s.n_heads // s.n_kv_heads)]
 
     _start_token(counters, 0, n, thread, s, weights, scratch, tokens, positions, h)
     for layer in range(s.n_layers):
@@ -331,7 +282,7 @@ def forward(
                 scratch.head,
                 n_threads,
             )
-            head.find_threshold(counters, row + 2, 1, thread, n_best, scratch.head)
+            head.find_best(counters, row + 2, 1, thread, n_best, scratch.head)
             head.refine(
                 counters,
                 row + 3,

@@ -15,15 +15,12 @@ the low plane comes meanwhile, and together they would need more of its tiles.
 """
 
 import math
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.layers import soft_cap
 from gemma_cli.runtime.matmul import first_tile, look_ahead, multiply_few
-from gemma_cli.runtime.matrix import GROUP_SIZE, N_IN, N_TILES, SCALES, tile_address
+from gemma_cli.runtime.matrix import SCALES, tile_address
+from gemma_cli.runtime.tables import GROUP_SIZE, N_IN, N_TILES
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     add_outer,
@@ -44,29 +41,6 @@ MARGIN = 5.0
 """Deviations of an estimate's error to allow for, up and down: 7 of a difference of two."""
 
 _VARIANCE = 21.25  # of the low nibbles
-
-
-class Scratch(NamedTuple):
-    """What the passes over the head write to."""
-
-    scales: NDArray[np.float32]  # (hidden_size / 32,), 16 times those of the inputs
-    offsets: NDArray[np.int32]  # (hidden_size / 32,), -16 * 7.5 times the inputs' sum
-    variances: NDArray[np.float32]  # (hidden_size / 32,), of a run with a weight scale of 1
-    lower: NDArray[np.float32]  # (n_tiles,), what a tile's largest logit is at least
-    upper: NDArray[np.float32]  # (n_tiles,), what it is at most
-    threshold: NDArray[np.float32]  # (1,), what the n_best largest logits are at least
-
-
-def allocate(hidden_size: int, n_tiles: int) -> Scratch:
-    n_runs = hidden_size // 32
-    return Scratch(
-        np.zeros(n_runs, np.float32),
-        np.zeros(n_runs, np.int32),
-        np.zeros(n_runs, np.float32),
-        np.zeros(n_tiles, np.float32),
-        np.zeros(n_tiles, np.float32),
-        np.zeros(1, np.float32),
-    )
 
 
 @stage
@@ -126,9 +100,11 @@ def rank(item, thread, matrices, vocab_size, h, scratch, n_threads):
 
 
 @stage
-def find_threshold(item, thread, n_best, scratch):
-    """The n_best-th largest lower bound: so many logits at least are no smaller."""
-    best = np.full(n_best, -np.inf, np.float32)  # rising
+def find_best(item, thread, n_best, scratch):
+    """The n_best largest lower bounds: so many logits at least are no smaller than the least."""
+    best = scratch.best
+    for place in range(n_best):
+        best[place] = -math.inf
     for value in scratch.lower:
         if value > best[0]:
             place = 0
@@ -136,7 +112,6 @@ def find_threshold(item, thread, n_best, scratch):
                 best[place] = best[place + 1]
                 place += 1
             best[place] = value
-    scratch.threshold[0] = best[0]
 
 
 @stage
@@ -149,7 +124,7 @@ def refine(item, thread, matrices, h, scratch, cap, logits, n_threads):
     stop = first_tile(item + 1, n_tiles, n_threads)
     for tile in range(start, stop):
         out = logits[16 * tile : 16 * tile + 16]
-        if scratch.upper[tile] >= scratch.threshold[0]:
+        if scratch.upper[tile] >= scratch.best[0]:
             multiply_few(matrix, tile, tile + 1, h, address_of(out), 0)
             if cap > 0:
                 soft_cap(out, cap)

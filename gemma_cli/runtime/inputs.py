@@ -6,13 +6,7 @@ many tokens are bfloat16 instead. For bf16 weights, which are exact, each become
 which holds what those before lack: together they have the 24 bits of a float32.
 """
 
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
-
-from gemma_cli.runtime import amx, isa
-from gemma_cli.runtime.amx import BLOCK, STEP
+from gemma_cli.runtime import isa
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.vector import (
     absolute,
@@ -26,36 +20,7 @@ from gemma_cli.runtime.vector import (
     store_i8,
     store_scalar,
 )
-
-TOKENS = 8 if isa.AVX512 else 4
-"""Tokens whose sums are held at once: what fits the vector registers."""
-
-FEW = 16
-"""Tokens up to which codes of weights are used as they are read."""
-
-CODES, TOGETHER = 32 * TOKENS, 40 * TOKENS
-"""Bytes of the codes of 32 inputs of TOKENS tokens, and with their scales and offsets."""
-
-
-class Inputs(NamedTuple):
-    """Inputs as float32, and what they are rounded to: for several tokens `blocks`, too, and for
-    matrix units these alone."""
-
-    values: NDArray[np.float32]  # (n_tokens, n_in)
-    codes: NDArray[np.int8]  # (n_tokens, n_in)
-    scales: NDArray[np.float32]  # (n_tokens, n_in / 32)
-    offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
-    # For matrix units bfloat16: a row for each part, (n_tokens / BLOCK rounded up, n_in / 32, BLOCK
-    # tokens, 32 inputs). Else one row, (n_tokens / TOKENS rounded up, n_in / 32, TOGETHER bytes):
-    # codes (8, TOKENS, 4 inputs), then scales and offsets (TOKENS,).
-    blocks: NDArray[np.uint16]
-
-
-def allocate_blocks(n_tokens: int, n_in: int, exact: bool) -> NDArray[np.uint16]:
-    """Memory for `blocks`; exact: for bf16 weights, too."""
-    if not isa.AMX:
-        return amx.allocate((1, -(-n_tokens // TOKENS) * (n_in // 32) * TOGETHER // 2), np.uint16)
-    return amx.allocate((3 if exact else 1, -(-n_tokens // BLOCK) * BLOCK * n_in), np.uint16)
+from gemma_cli.runtime.workspace import BLOCK, CODES, FEW, STEP, TOGETHER, TOKENS, Inputs
 
 
 @kernel

@@ -2,9 +2,6 @@
 
 import math
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.vector import (
     address_of,
@@ -42,16 +39,6 @@ def add(x, y):
     source, target = address_of(y), address_of(x)
     for i in range(0, 4 * x.size, 64):
         store_f32(target + i, load_f32(target + i) + load_f32(source + i))
-
-
-def rotary_frequencies(head_dim: int, base: float, scale: float) -> NDArray[np.float64]:
-    """base^(-2 i / head_dim) / scale, i below head_dim / 2: the angles that a position adds.
-
-    Rotary positions (Su et al. 2021, arXiv:2104.09864).
-    """
-    half = head_dim // 2
-    frequencies: NDArray[np.float64] = base ** (-np.arange(half) / half) / scale
-    return frequencies
 
 
 @kernel

@@ -20,9 +20,10 @@ the largest of 32 inputs.
 """
 
 from gemma_cli.runtime import isa, matmul_amx, matmul_panels
-from gemma_cli.runtime.inputs import CODES, FEW, TOGETHER, TOKENS, together_address
+from gemma_cli.runtime.inputs import together_address
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.matrix import (
+from gemma_cli.runtime.matrix import PREFETCH, PREFETCH_NEAR, SCALES, run_bytes, tile_address
+from gemma_cli.runtime.tables import (
     BF16,
     CODEBOOK,
     F32,
@@ -33,11 +34,6 @@ from gemma_cli.runtime.matrix import (
     N_IN,
     N_TILES,
     PLANES,
-    PREFETCH,
-    PREFETCH_NEAR,
-    SCALES,
-    run_bytes,
-    tile_address,
 )
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
@@ -56,9 +52,9 @@ from gemma_cli.runtime.vector import (
     store_rows,
     zeros,
 )
+from gemma_cli.runtime.workspace import CODES, FEW, TOGETHER, TOKENS
 
 _many = matmul_amx if isa.AMX else matmul_panels
-scratch_bytes = _many.scratch_bytes
 
 SOME = 4
 """Tokens, more than one, for which there is no need to do as much as for TOKENS."""
@@ -207,7 +203,9 @@ def matmul(item, thread, matrices, h, y, panels, n_threads):
     """
     y_stride = y.strides[0]
     many = len(h.values) > FEW
-    total = matrices[:, N_TILES].sum()
+    total = 0
+    for m in range(matrices.shape[0]):
+        total += matrices[m, N_TILES]
     if isa.AMX and many:
         start = matmul_amx.first_tile(item, total, n_threads, ITEMS)
         stop = matmul_amx.first_tile(item + 1, total, n_threads, ITEMS)

@@ -4,9 +4,10 @@ PANEL inputs of a tile at a time are expanded to bytes, once for all tokens, in 
 the L1 cache. The inputs of TOKENS tokens lie together, in the order in which they are used.
 """
 
-from gemma_cli.runtime.inputs import CODES, TOGETHER, TOKENS, together_address
+from gemma_cli.runtime.inputs import together_address
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.matrix import (
+from gemma_cli.runtime.matrix import PREFETCH, SCALES, run_bytes, tile_address
+from gemma_cli.runtime.tables import (
     CODEBOOK,
     FORMAT,
     GROUP_SIZE,
@@ -15,10 +16,6 @@ from gemma_cli.runtime.matrix import (
     INT8,
     N_IN,
     PLANES,
-    PREFETCH,
-    SCALES,
-    run_bytes,
-    tile_address,
 )
 from gemma_cli.runtime.vector import (
     add_scaled,
@@ -37,21 +34,9 @@ from gemma_cli.runtime.vector import (
     store_rows,
     zeros,
 )
+from gemma_cli.runtime.workspace import CODES, PANEL, ROW, SIDE, TOGETHER, TOKENS
 
 FORMATS = (INT4, INT4_CODEBOOK, INT8, PLANES)
-
-PANEL = 1024
-"""Inputs of a tile that are expanded at once, a multiple of every group size: 16 KB."""
-
-SIDE = 8
-"""Tiles that go through the inputs side by side, so that these come from the L2 cache."""
-
-_ROW = 64  # Bytes of a token's sums for a tile.
-
-
-def scratch_bytes(n_tokens: int) -> int:
-    """Bytes that a thread needs to multiply so many tokens."""
-    return 16 * PANEL + SIDE * -(-n_tokens // TOKENS) * TOKENS * _ROW
 
 
 @kernel
@@ -62,7 +47,7 @@ def _multiply_panel(fmt, n_groups, group_size, w, w_scales, step, x, sums, first
     those of the next; x: of the tokens' inputs, as together_address gives it; sums: of float32
     (TOKENS, 16).
     """
-    acc = zeros(TOKENS) if first else load_rows(sums, _ROW, TOKENS, TOKENS)
+    acc = zeros(TOKENS) if first else load_rows(sums, ROW, TOKENS, TOKENS)
     for _ in range(n_groups):
         w_scale = load_f16(w_scales)
         w_scales += step
@@ -74,7 +59,7 @@ def _multiply_panel(fmt, n_groups, group_size, w, w_scales, step, x, sums, first
                 dots = dots_int8(w, 0, x, offsets, TOKENS, TOKENS)
             acc = add_scaled(acc, dots, w_scale, scales)
             w, x = w + 512, x + TOGETHER
-    store_rows(sums, _ROW, acc, TOKENS)
+    store_rows(sums, ROW, acc, TOKENS)
 
 
 @kernel
@@ -123,7 +108,7 @@ def _add_part(matrix, tile, start, stop, h, panel, sums):
         for line in range(n_bytes * t // n_tokens, n_bytes * (t + TOKENS) // n_tokens, 64):
             prefetch(next_tile + line)
         x = together_address(h, t, start)
-        out = sums + t * _ROW
+        out = sums + t * ROW
         _multiply_panel(fmt, n_groups, group_size, panel, w_scales, step, x, out, start == 0)
 
 
@@ -137,7 +122,7 @@ def multiply(matrix, first, last, h, y, y_stride, scratch):
     n_tokens, n_in = len(h.values), matrix[N_IN]
     panel = address_of(scratch)
     sums = panel + 16 * PANEL
-    size = (n_tokens + TOKENS - 1) // TOKENS * TOKENS * _ROW  # of a tile's sums
+    size = (n_tokens + TOKENS - 1) // TOKENS * TOKENS * ROW  # of a tile's sums
     for some in range(first, last, SIDE):
         n_tiles = min(SIDE, last - some)
         for start in range(0, n_in, PANEL):
@@ -145,7 +130,7 @@ def multiply(matrix, first, last, h, y, y_stride, scratch):
             for i in range(n_tiles):
                 _add_part(matrix, some + i, start, stop, h, panel, sums + i * size)
         # The outputs of a token are pages from those of the next, so each is written just once.
-        out = y + _ROW * (some - first)
+        out = y + ROW * (some - first)
         for t in range(n_tokens):
             for i in range(n_tiles):
-                store_f32(out + t * y_stride + i * _ROW, load_f32(sums + i * size + t * _ROW))
+                store_f32(out + t * y_stride + i * ROW, load_f32(sums + i * size + t * ROW))

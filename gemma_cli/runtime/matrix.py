@@ -4,14 +4,18 @@ The layout is quantize.packing's.
 """
 
 from gemma_cli.runtime.kernel import kernel
+from gemma_cli.runtime.tables import (
+    ADDRESS,
+    BF16,
+    F32,
+    FORMAT,
+    GROUP_SIZE,
+    INT8,
+    N_IN,
+    N_TILES,
+    PLANES,
+)
 from quantize.packing import SLAB_TILES
-
-# The formats of a matrix; int4 with equal steps needs no codebook.
-INT4, INT4_CODEBOOK, INT8, PLANES, BF16, F32 = range(6)
-
-# Columns of the table that describes matrices to the kernels, int64.
-ADDRESS, FORMAT, N_TILES, N_IN, GROUP_SIZE, CODEBOOK = range(6)
-N_COLUMNS = 6
 
 SCALES = 32
 """Bytes of the 16 float16 scales that open a block."""

@@ -9,24 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_cli.runtime import amx, attention, attention_amx, head, isa, matmul, matrix, team
-from gemma_cli.runtime.forward import (
-    MATRICES,
-    NORMS,
-    Scratch,
-    Shape,
-    Weights,
-    forward,
-    n_stages,
-)
-from gemma_cli.runtime.inputs import FEW, TOKENS, Inputs, allocate_blocks
+from gemma_cli.runtime import isa, machine_code, tables, workspace
 from gemma_cli.runtime.kv_cache import KVCache
-from gemma_cli.runtime.layers import rotary_frequencies
+from gemma_cli.runtime.tables import MATRICES, NORMS, Shape, Weights
+from gemma_cli.runtime.workspace import FEW, TOKENS, Inputs, Scratch
 from quantize import packing
 from quantize.config import GemmaConfig
 from quantize.errors import GemmaError
-from quantize.grouping import LINEAR_LEVELS
 from quantize.modelfile import MatrixSpec, ModelFile
+from quantize.packing import LINEAR_LEVELS
 
 CHUNK_SIZE = 512 if isa.AMX else 128
 """Tokens processed at once: bounds the scratch memory and the time until a signal is seen.
@@ -43,10 +34,10 @@ MOST_ROWS = FEW
 Ids = Sequence[int] | NDArray[np.int32]
 
 _FORMATS = {
-    "int8": matrix.INT8,
-    "int8_planes": matrix.PLANES,
-    "bf16": matrix.BF16,
-    "f32": matrix.F32,
+    "int8": tables.INT8,
+    "int8_planes": tables.PLANES,
+    "bf16": tables.BF16,
+    "f32": tables.F32,
 }
 
 
@@ -66,6 +57,16 @@ def bytes_per_token(matrices: Mapping[str, MatrixSpec]) -> int:
     head = matrices["embed"]
     low = 8 * head.n_in * packing.n_tiles(head.n_out) if head.format == "int8_planes" else 0
     return sum(m.nbytes for m in matrices.values()) - low
+
+
+def rotary_frequencies(head_dim: int, base: float, scale: float) -> NDArray[np.float64]:
+    """base^(-2 i / head_dim) / scale, i below head_dim / 2: the angles that a position adds.
+
+    Rotary positions (Su et al. 2021, arXiv:2104.09864).
+    """
+    half = head_dim // 2
+    frequencies: NDArray[np.float64] = base ** (-np.arange(half) / half) / scale
+    return frequencies
 
 
 def _shape(config: GemmaConfig) -> Shape:
@@ -99,7 +100,8 @@ class Model:
         self._weights = self._addresses()
         self._n_tiles = packing.n_tiles(self.config.vocab_size)
         self._scratch = self._allocate()
-        self._counters = team.counters(n_stages(self.config.n_layers))
+        self._counters = workspace.counters(workspace.n_stages(self.config.n_layers))
+        self._keep_same()
         self._logits = np.zeros((1, 16 * self._n_tiles), np.float32)
 
     @property
@@ -124,7 +126,7 @@ class Model:
             ]
         )
         slides = np.array(config.sliding_layers, np.bool_)
-        exact = bool(np.isin(matrices[:, matrix.FORMAT], (matrix.BF16, matrix.F32)).all())
+        exact = bool(np.isin(matrices[:, tables.FORMAT], (tables.BF16, tables.F32)).all())
         return Weights(matrices, norms, slides, frequencies, exact)
 
     def _matrix(self, name: str) -> tuple[int, ...]:
@@ -133,7 +135,7 @@ class Model:
         codebook = _levels(m)
         self._codebooks.append(codebook)  # The table holds its address only.
         linear = m.codebook == LINEAR_LEVELS
-        fmt = _FORMATS.get(m.format, matrix.INT4 if linear else matrix.INT4_CODEBOOK)
+        fmt = _FORMATS.get(m.format, tables.INT4 if linear else tables.INT4_CODEBOOK)
         return tiles.ctypes.data, fmt, len(tiles), m.n_in, m.group_size, codebook.ctypes.data
 
     def _allocate(self) -> Scratch:
@@ -145,7 +147,7 @@ class Model:
             # same places of a cache.
             return np.zeros((chunk + TOKENS, n + 64), dtype)
 
-        formats = self._weights.matrices[:, matrix.FORMAT]
+        formats = self._weights.matrices[:, tables.FORMAT]
         widest = max(c.hidden_size, c.intermediate_size, heads)
         outputs = max(c.hidden_size, 2 * c.intermediate_size, heads + 2 * c.n_kv_heads * c.head_dim)
         return Scratch(
@@ -155,15 +157,18 @@ class Model:
                 rows(widest, np.int8),
                 rows(widest // 32, np.float32),
                 rows(widest // 32, np.int32),
-                allocate_blocks(chunk, widest, bool((formats == matrix.BF16).any())),
+                workspace.allocate_blocks(chunk, widest, bool((formats == tables.BF16).any())),
             ),
             outputs=rows(outputs, np.float32),
-            queries=np.zeros((chunk * c.n_heads + attention.ROWS) * c.head_dim, np.float32),
-            panels=amx.allocate((self.n_threads, matmul.scratch_bytes(chunk)), np.uint8),
+            queries=np.zeros(
+                (c.n_kv_heads, chunk * c.n_heads // c.n_kv_heads + workspace.ROWS, c.head_dim),
+                np.float32,
+            ),
+            panels=workspace.aligned((self.n_threads, workspace.scratch_bytes(chunk)), np.uint8),
             angles=np.zeros((2, 2, chunk, c.head_dim // 2), np.float32),
-            attention=attention.allocate(self.n_threads, c.head_dim, 0),
-            attention_amx=attention_amx.allocate_scratch(self.n_threads, c.head_dim),
-            head=head.allocate(c.hidden_size, self._n_tiles),
+            attention=workspace.allocate_attention(self.n_threads, c.head_dim, 0),
+            attention_amx=workspace.allocate_amx_attention(self.n_threads, c.head_dim),
+            head=workspace.allocate_head(c.hidden_size, self._n_tiles),
         )
 
     def new_cache(self, context: int, kv: str = "f16") -> KVCache:
@@ -185,27 +190,20 @@ class Model:
         self._counters[:] = 0
         if len(ids) <= FEW:
             self._reserve_partials(len(ids), caches[0].context)
-        tables = np.stack([cache.table for cache in caches])
+        cache_tables = np.stack([cache.table for cache in caches])
         positions = np.array([cache.length for cache in caches], np.int64)
         is_int8 = caches[0].kind == "int8"
+        new = (cache_tables, is_int8, ids, positions, n_best, logits)
+        run = machine_code.load((0, *self._same, *new))
+        parts = np.array(self._parts + machine_code.parts(new), np.int64)
 
-        def work(thread: int) -> None:
-            forward(
-                thread,
-                self._counters,
-                self._shape,
-                self._weights,
-                tables,
-                is_int8,
-                self._scratch,
-                ids,
-                positions,
-                n_best,
-                logits,
-                self.n_threads,
-            )
+        def work(thread: int, *kept: object) -> None:
+            run(parts.ctypes.data, thread)
 
-        self._others = [self._pool.submit(work, thread) for thread in range(1, self.n_threads)]
+        # A thread may come when the others have done everything, and must find what it looks at.
+        self._others = [
+            self._pool.submit(work, thread, self, new) for thread in range(1, self.n_threads)
+        ]
         work(0)
         self._check(len(ids), caches)
         for cache in caches:
@@ -228,10 +226,22 @@ class Model:
 
     def _reserve_partials(self, n_tokens: int, context: int) -> None:
         c = self.config
-        n = attention.count_partials(c.n_heads, c.n_kv_heads, n_tokens, context)
+        n = workspace.count_partials(c.n_heads, c.n_kv_heads, n_tokens, context)
         if n > len(self._scratch.attention.partial_sums):
-            larger = attention.allocate(self.n_threads, c.head_dim, n)
+            larger = workspace.allocate_attention(self.n_threads, c.head_dim, n)
             self._scratch = self._scratch._replace(attention=larger)
+            self._keep_same()
+
+    def _keep_same(self) -> None:
+        """The arguments of `forward` that stay the same from call to call, and their parts."""
+        self._same = (
+            self.n_threads,
+            self._counters,
+            self._shape,
+            self._weights,
+            self._scratch,
+        )
+        self._parts = machine_code.parts(self._same)
 
     def _checked(self, ids: Ids, cache: KVCache) -> NDArray[np.int32]:
         array = np.ascontiguousarray(ids, np.int32)

@@ -10,12 +10,10 @@ memory, and one more a thread; no thread goes to sleep in between.
 import sys
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
 from gemma_cli.runtime import isa
 from gemma_cli.runtime.kernel import kernel
@@ -25,11 +23,6 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 # Columns of a stage's counters, on cache lines of their own.
 _CLAIMED, _DONE = 0, 8
 _SPINS = 4000  # About 100 microseconds of waiting before the CPU is offered to others.
-
-
-def counters(n_stages: int) -> NDArray[np.int64]:
-    """Zeroed counters for so many stages; they are zeroed again before they are used again."""
-    return np.zeros((n_stages, 16), np.int64)
 
 
 def _element(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:

@@ -1,0 +1,143 @@
+"""`forward` as machine code on the disk, called without Numba.
+
+To load Numba, and with it a function of its own cache, takes as long as everything else before the
+first token. So what it has compiled is kept as LLVM gives it, an object file, and linked into later
+processes by LLVM alone.
+
+A compiled function takes its arguments' parts one by one (an array's are its owner, of which there
+is none here, its size, address, shape and strides), some four hundred. They lie in one array of 8
+bytes each, which `run`, compiled with the function, takes apart.
+"""
+
+import ctypes
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+
+from gemma_cli.runtime.compilation import FILE
+
+Run = Callable[[int, int], None]
+"""Takes the address of the arguments' parts, without the thread's number, and that number."""
+
+_ENTRY = "gemma_cli_run"
+_I8, _I64 = ir.IntType(8), ir.IntType(64)
+_TYPES = {"i8": _I8, "i64": _I64, "double": ir.DoubleType()}  # others are pointers
+
+_lock = Lock()
+_linked: list[tuple[llvm.ExecutionEngine, Run]] = []
+
+
+def load(example: tuple[Any, ...]) -> Run:
+    """The compiled `forward`; it is compiled for arguments like `example` if it is not on the disk,
+    and kept there if that can be written."""
+    with _lock:
+        if not _linked:
+            code = _read() or _compile(example)
+            _linked.append(_link(code))
+        return _linked[0][1]
+
+
+def parts(value: Any) -> list[int]:
+    """An argument's parts: ints, bools, floats, arrays, and named tuples of them."""
+    if isinstance(value, np.ndarray):
+        return [0, 0, value.size, value.itemsize, value.ctypes.data, *value.shape, *value.strides]
+    if isinstance(value, tuple):
+        return [part for field in value for part in parts(field)]
+    if isinstance(value, float):
+        return list(struct.unpack("q", struct.pack("d", value)))
+    return [int(value)]
+
+
+def _read() -> bytes | None:
+    """The object file, if there is one and it is whole."""
+    try:
+        kept = FILE.read_bytes()
+    except OSError:
+        return None
+    digest, code = kept[:32], kept[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _keep(code: bytes) -> None:
+    if not os.access(FILE.parent, os.W_OK):
+        return
+    handle, name = tempfile.mkstemp(dir=FILE.parent)
+    with open(handle, "wb") as file:
+        file.write(hashlib.sha256(code).digest() + code)
+    Path(name).replace(FILE)
+
+
+def _compile(example: tuple[Any, ...]) -> bytes:
+    import numba  # noqa: PLC0415 (this is what takes time)
+
+    from gemma_cli.runtime.forward import forward  # noqa: PLC0415
+
+    signature = tuple(numba.typeof(argument) for argument in example)
+    forward.compile(signature)
+    name = forward.overloads[signature].fndesc.llvm_func_name
+    module = llvm.parse_assembly(forward.inspect_llvm(signature))
+    module.link_in(llvm.parse_assembly(str(_caller(module.get_function(name)))))
+    code: bytes = _machine().emit_object(module)
+    _keep(code)
+    return code
+
+
+def _caller(function: llvm.ValueRef) -> ir.Module:
+    """A module with `run` for a function whose first argument is the thread's number.
+
+    The two arguments before it are where it leaves what it returns, and exceptions, of which there
+    are none.
+    """
+    module = ir.Module()
+    pointer = _I8.as_pointer()
+    types = [_TYPES.get(str(argument.type), pointer) for argument in function.arguments]
+    callee = ir.Function(module, ir.FunctionType(ir.IntType(32), types), function.name)
+    caller = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64, _I64]), _ENTRY)
+    b = ir.IRBuilder(caller.append_basic_block())
+    address, thread = caller.args
+    left = [b.bitcast(b.alloca(pointer), pointer) for _ in range(2)]
+    arguments = []
+    for i, part in enumerate(types[3:]):
+        place = b.inttoptr(b.add(address, _I64(8 * i)), part.as_pointer())
+        arguments.append(b.load(place))
+    b.call(callee, [*left, thread, *arguments])
+    b.ret_void()
+    return module
+
+
+def _machine() -> llvm.TargetMachine:
+    """The target that isa.py has given Numba, or this CPU."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    triple = llvm.get_process_triple()
+    return llvm.Target.from_triple(triple).create_target_machine(
+        cpu=os.environ.get("NUMBA_CPU_NAME", llvm.get_host_cpu_name()),
+        features=os.environ.get("NUMBA_CPU_FEATURES", llvm.get_host_cpu_features().flatten()),
+        opt=3,
+        reloc="static" if triple.startswith("x86") else "default",
+        codemodel="jitdefault",
+        jit=True,
+    )
+
+
+def _link(code: bytes) -> tuple[llvm.ExecutionEngine, Run]:
+    """The function, and what must stay as long as it is used."""
+    # What frees arrays is never called: these have no owner in compiled code.
+    unused = ctypes.cast(ctypes.pythonapi.Py_FatalError, ctypes.c_void_p).value
+    assert unused
+    llvm.add_symbol("NRT_MemInfo_call_dtor", unused)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    # Other threads of Python run while a function of this type does.
+    function_type = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
+    return engine, function_type(engine.get_function_address(_ENTRY))
