@@ -86,8 +86,9 @@ def overlap(text: str, stop: str) -> int:
 class Transcript:
     """Writes an answer down as its ids come: the text, where it stops, and the times.
 
-    `emit` is given what each id adds to the text, also if that is nothing. `guard`: an answer that
-    goes round in a loop ends.
+    `emit` is given what each id adds to the text, also if that is nothing. `ends` are stop texts of
+    which even a beginning is none of the answer, when that is cut off there: the next turn's.
+    `guard`: an answer that goes round in a loop ends.
     """
 
     def __init__(
@@ -98,11 +99,13 @@ class Transcript:
         stops: Sequence[str],
         emit: Callable[[str], None],
         guard: bool,
+        ends: Sequence[str] = (),
     ) -> None:
         self.answer = answer
         self._tokenizer, self._sample = tokenizer, sample
         self._emit = emit
-        self._decoder, self._watch = StreamDecoder(tokenizer), StopTexts(stops)
+        self._decoder, self._watch = StreamDecoder(tokenizer), StopTexts([*ends, *stops])
+        self._ends = ends
         self._guard = Guard() if guard else None
         self._started = perf_counter()
 
@@ -131,7 +134,9 @@ class Transcript:
             self.answer.logprobs = [describe(self._tokenizer, of_id) for of_id in logprobs]
         if self._sample.constraint:
             self.answer.has_form = self._sample.constraint.satisfied
-        if rest := self._watch.push(self._decoder.flush()) + self._watch.flush():
+        rest = self._watch.push(self._decoder.flush()) + self._watch.flush()
+        begun = max((overlap(rest, end) for end in self._ends), default=0)
+        if rest := rest[: len(rest) - begun]:
             self._say(rest)
 
     def _say(self, piece: str) -> None:
@@ -158,6 +163,7 @@ def respond(
     *,
     emit: Callable[[str], None],
     stops: Sequence[str] = (),
+    ends: Sequence[str] = (),
     max_tokens: int | None = None,
     draft: bool = False,
     guard: bool = False,
@@ -166,11 +172,11 @@ def respond(
     """Makes one answer and gives its text to `emit`, which is called after each id.
 
     Ctrl-C ends the answer, not the program: `finish_reason` is then "interrupted". With `guard`, an
-    answer that goes round in a loop (guard.py) ends, with "loop". The cache holds a beginning of
-    `prompt_ids` + `ids`. Raises what `generate` raises.
+    answer that goes round in a loop (guard.py) ends, with "loop". `ends` are those of `Transcript`.
+    The cache holds a beginning of `prompt_ids` + `ids`. Raises what `generate` raises.
     """
     answer = Answer(len(prompt_ids), prefilled=len(prompt_ids) - cache.length)
-    transcript = Transcript(answer, tokenizer, sample, stops, emit, guard)
+    transcript = Transcript(answer, tokenizer, sample, stops, emit, guard, ends)
     ids = generate(
         model,
         cache,

@@ -43,7 +43,7 @@ class Talk:
             list(chain.from_iterable(parts)),
             Sampler(DRAWN.at(self.session.n_answers)),
             emit=lambda piece: None,
-            stops=STOP_TEXTS[self.format],
+            ends=STOP_TEXTS[self.format],
             max_tokens=max_tokens,
         )
         pieces: list[str] = []

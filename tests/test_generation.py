@@ -195,6 +195,15 @@ def test_text_held_back_comes_at_the_end() -> None:
     assert made.finish_reason == "length"
 
 
+def test_the_next_turn_begun_is_not_the_answers() -> None:
+    # Gone on with from there, its other half would not be found, and the model speak for the user.
+    made, pieces = answer(Counter(), Cache(), "@", ends=["BCDE"], max_tokens=3)
+    assert "".join(pieces) == made.text == "A"
+    assert made.ids == list(b"ABC")
+    made, _ = answer(Counter(), Cache(), "@", ends=["BCDE"], stops=["CX"], max_tokens=6)
+    assert (made.text, made.finish_reason) == ("A", "stop")
+
+
 def test_ctrl_c_ends_the_answer_only() -> None:
     model, cache = Counter(), Cache()
     model.interrupt_at = 2
