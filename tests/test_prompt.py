@@ -170,7 +170,7 @@ def test_lines_where_there_is_no_screen(
     prompt = LinePrompt(screen)
     said = [prompt.ask(begin=None, arrived=lambda: None) for _ in range(4)]
     assert said == ["one", "two\nthree", "last", None]
-    assert screen.getvalue() == "> > >   > > "
+    assert screen.getvalue() == "> > >   > > \n"  # what leaving says has a line of its own
     assert capsys.readouterr().out == ""
 
 

@@ -112,6 +112,7 @@ class LinePrompt:
         self._screen.flush()
         line = sys.stdin.readline()
         if not line:
+            self._screen.write("\n")  # Ctrl-D leaves the cursor behind the prompt
             raise EOFError
         return line.removesuffix("\n")
 
