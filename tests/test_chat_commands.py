@@ -83,6 +83,13 @@ def test_help_and_typos(say: Say) -> None:
     assert "There are /clear" in say("/zzz")
 
 
+def test_what_a_command_does_not_take(talk: Talk, say: Say) -> None:
+    say("the man")
+    for name in ("/undo", "/clear", "/quit", "/bye"):
+        assert say(f"{name} all") == f"Nothing was done: {name} stands by itself.\n"
+    assert texts(talk) == ["the man"]
+
+
 def test_system(talk: Talk, say: Say) -> None:
     assert say("/system") == "System text: none\n"
     assert say("/system be lean") == "System text: be lean\n"
@@ -121,6 +128,8 @@ def test_every_setting(talk: Talk, say: Say) -> None:
         before = dict(talk.session.settings)
         assert "cannot be" in say(f"/set {wrong}")
         assert talk.session.settings == before
+    for name, value in (("top-k", "1.5"), ("seed", "1.5"), ("max-tokens", "-1")):
+        assert "give a whole number" in say(f"/set {name} {value}")
     say("/set temperature default")
     assert "temperature" not in talk.session.settings
     say("the man")
@@ -184,6 +193,12 @@ def test_nothing_is_lost_if_an_answer_does_not_come(
     assert texts(talk) == ["the man", "ten hens"]
 
 
+def test_only_the_first_answer_waits_for_the_loading(talk: Talk, say: Say) -> None:
+    talk.form = Form(False, False, stats=True, newline=False, write=lambda text: None)
+    assert "loaded in" in say("the man")
+    assert say("ten hens").startswith("prompt: ")
+
+
 def test_files(talk: Talk, say: Say, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ten hens\n")
     (tmp_path / "b").write_bytes(b"\0\1")
@@ -196,7 +211,7 @@ def test_files(talk: Talk, say: Say, tmp_path: Path) -> None:
     assert "context holds 4,096" in say(f"/file {tmp_path}/large")
     assert "a.txt" in say("/file")
     say("count them")
-    assert texts(talk) == ["a.txt:\nten hens\n\n\ncount them"]
+    assert texts(talk) == ["a.txt:\nten hens\n\ncount them"]  # as `run --file` makes it
     assert not talk.files
     say(f"/file {tmp_path}/a.txt")
     assert "No file" in say("/file none")

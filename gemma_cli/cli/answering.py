@@ -97,8 +97,9 @@ class Form:
         elif self.newline:
             output.write("\n")
         if self.stats:
+            loaded = f"loaded in {load_s:.2f} s; " if load_s else ""
             output.note(
-                f"loaded in {load_s:.2f} s; prompt: {answer.prefilled} tokens in "
+                f"{loaded}prompt: {answer.prefilled} tokens in "
                 f"{answer.prefill_s:.2f} s ({answer.prefill_tok_s:.1f}/s); answer: "
                 f"{len(answer.ids)} tokens in {answer.decode_s:.2f} s "
                 f"({answer.decode_tok_s:.1f}/s); {answer.finish_reason}"

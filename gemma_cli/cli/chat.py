@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_cli.cli import answering, config, options, output, signals, terminal
+from gemma_cli.cli import answering, config, loading, options, output, signals, terminal
 from gemma_cli.cli.talk import NotNow, Talk
 from gemma_cli.generation import PromptTooLong
 from gemma_cli.models import find_model, state_folder
@@ -150,7 +150,7 @@ def send(talk: Talk, text: str, *, instead: bool) -> str:
     """Has a message answered; returns it if it was withdrawn before there was an answer."""
     files = [f"{name}:\n{content}" for name, content in talk.files.items()]
     try:
-        answer = talk.say("\n\n".join([*files, text]), instead=instead)
+        answer = talk.say(loading.prompt_text(None, *files, text), instead=instead)
     except KeyboardInterrupt:  # while the model was loading
         terminal.forget_keys()
         return text

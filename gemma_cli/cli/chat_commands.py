@@ -45,6 +45,8 @@ def obey(talk: Talk, line: str) -> str:
     try:
         if not command:
             raise GemmaError(f"There is no command {name}. {_did_you_mean(name, COMMANDS)}")
+        if argument.strip() and not command.usage:
+            raise GemmaError(f"Nothing was done: {name} stands by itself.")
         return command.run(talk, argument.strip()) or ""
     except NotNow:
         pass
@@ -80,6 +82,8 @@ def _system(talk: Talk, argument: str) -> None:
 
 # Settings
 
+WHOLE = "a whole number"
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -90,18 +94,18 @@ class Setting:
 
 def _count(text: str) -> int:
     if int(text) < 0:
-        raise ValueError("it must be 0 or more")
+        raise ValueError("less than none")
     return int(text)
 
 
 SETTINGS = {
     "temperature": Setting(float, "0 always takes the likeliest token, more is more varied"),
-    "top-k": Setting(int, "draw from so many of the likeliest tokens; 0: from all"),
+    "top-k": Setting(int, "draw from so many of the likeliest tokens; 0: from all", WHOLE),
     "top-p": Setting(float, "draw from the likeliest tokens that hold so much probability"),
     "min-p": Setting(float, "leave out tokens less likely than so much of the likeliest"),
     "repeat-penalty": Setting(float, "above 1, the last 64 tokens are less likely to come again"),
-    "seed": Setting(int, "fixes the draws"),
-    "max-tokens": Setting(_count, "end an answer after so many tokens"),
+    "seed": Setting(int, "fixes the draws", WHOLE),
+    "max-tokens": Setting(_count, "end an answer after so many tokens", f"{WHOLE} from 0"),
     "stop": Setting(lambda text: [text], "end an answer before this text", "a text"),
     "draft": Setting({"on": True, "off": False}.__getitem__, "guess tokens and check", "on or off"),
 }
