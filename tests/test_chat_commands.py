@@ -375,6 +375,19 @@ def test_the_oldest_turns_are_summarised(talk: Talk, say: Say) -> None:
     assert reopened(talk).summary == summary
 
 
+def test_too_much_for_a_summary(talk: Talk, say: Say, capsys: pytest.CaptureFixture[str]) -> None:
+    chooser = Chooser(talk, "sn")
+    text = "the man"
+    while talk.ready().count([Turn("user", text)])[0] < 380:
+        text += " the"
+    say(text)
+    assert send(talk, "ten hens", instead=False) == "ten hens"
+    assert len(chooser.asked) == 2
+    assert "They do not fit with what asks for a summary" in capsys.readouterr().err
+    assert texts(talk) == [text]
+    assert not talk.session.summary
+
+
 def test_a_larger_context(talk: Talk, say: Say) -> None:
     Chooser(talk, "l")
     fill(talk, say)

@@ -117,8 +117,8 @@ def _summarise(conversation: Conversation, turns: Sequence[Turn]) -> str:
                 max_tokens=SUMMARY_TOKENS,
                 progress=progress,
             )
-    except PromptTooLong as error:
-        output.note(str(error))
+    except PromptTooLong:
+        output.note("They do not fit with what asks for a summary; nothing was changed.")
         return ""
     finally:
         conversation.cached = other.cached
