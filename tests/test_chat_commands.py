@@ -12,6 +12,7 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from gemma_cli.answer import Answer
 from gemma_cli.cli import output, terminal
 from gemma_cli.cli.answering import Form
 from gemma_cli.cli.chat import send
@@ -191,6 +192,14 @@ def test_nothing_is_lost_if_an_answer_does_not_come(
     monkeypatch.setattr(conversation.model, "forward", forward)
     say("ten hens")
     assert texts(talk) == ["the man", "ten hens"]
+
+
+def test_an_answer_that_was_at_its_end(
+    talk: Talk, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say("the man")
+    monkeypatch.setattr(talk, "go_on", lambda: Answer(1, finish_reason="stop"))
+    assert say("/continue") == "The model has nothing to add.\n"
 
 
 def test_only_the_first_answer_waits_for_the_loading(talk: Talk, say: Say) -> None:

@@ -190,7 +190,9 @@ def _continue(talk: Talk, argument: str) -> None:
     _need_turns(talk)
     if talk.session.turns[-1].role == "user":
         raise GemmaError("The last message has no answer yet: /regen asks for one.")
-    talk.go_on()
+    answer = talk.go_on()
+    if answer.finish_reason == "stop" and not answer.text:
+        output.note("The model has nothing to add.")
 
 
 def _need_turns(talk: Talk) -> None:
