@@ -1,12 +1,11 @@
-"""Whole models whose arrays end at an unreadable page (guarded.py), and that such a page counts."""
+"""That a page around an array that must not be touched (guarded.py) counts."""
 
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from test_isa import TESTS, run_python
+from test_isa import TESTS
 
 BEYOND = """
 import guarded, numpy as np
@@ -35,10 +34,3 @@ def test_a_byte_beyond_an_array_ends_the_process(how: str, side: str, at: int) -
         check=False,
     )
     assert (result.returncode, result.stdout) == (-signal.SIGSEGV, b"within\n")
-
-
-@pytest.mark.parametrize("side", ["end", "start"])
-def test_whole_models(side: str, tmp_path: Path) -> None:
-    """`make guard` does this and test_kernels.py for every set of this machine, on both sides."""
-    options = "-x", "-p", "guarded", "-p", "no:cacheprovider"
-    run_python(tmp_path, "-m", "pytest", *options, str(TESTS / "test_model.py"), GUARDED=side)

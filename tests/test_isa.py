@@ -1,10 +1,9 @@
 """The choice of instructions, and the kernels on each instruction set.
 
-Sets that this machine has run all of `test_kernels.py`, in a process each. Those that it lacks run
-their integer products, the only code that is written for each set, with the instructions spelled
-out in plain ones (`lowered.py`), and their assembly must hold the instructions that they are for.
-An emulator runs those of ARM, too, and whole kernels (`emulated.py`). Of AMX all kernels run with
-its instructions spelled out (`pretended_amx.py`).
+Sets that this machine has run all of `test_kernels.py` (`test_kernels_apart.py`). Those that it
+lacks run their integer products, the only code that is written for each set, with the instructions
+spelled out in plain ones (`lowered.py`), and their assembly must hold the instructions that they
+are for. An emulator runs those of ARM, too, and whole kernels (`emulated.py`).
 """
 
 import ctypes
@@ -170,37 +169,6 @@ def test_a_set_that_the_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, fo
         isa._choose()
 
 
-@pytest.mark.parametrize("name", [name for name in MACHINE_SETS if name != isa.NAME])
-def test_kernels_on_the_other_sets_of_this_machine(name: str, tmp_path: Path) -> None:
-    """And in memory that ends at an unreadable page (guarded.py)."""
-    # The first plugin is loaded before any test imports Numba, which then keeps to the set, too.
-    plugins = ("-p", "gemma_cli.runtime.isa", "-p", "guarded", "-p", "no:cacheprovider")
-    run_python(
-        tmp_path,
-        "-m",
-        "pytest",
-        "-x",
-        *plugins,
-        str(TESTS / "test_kernels.py"),
-        GEMMA_CLI_ISA=name,
-    )
-
-
-def test_kernels_stay_within_their_arrays(tmp_path: Path) -> None:
-    """Numba's own checks of every index; of addresses, unreadable pages before every array."""
-    run_python(
-        tmp_path,
-        "-m",
-        "pytest",
-        "-x",
-        *("-p", "guarded", "-p", "no:cacheprovider"),
-        str(TESTS / "test_kernels.py"),
-        NUMBA_BOUNDSCHECK="1",
-        GUARDED="start",
-        GEMMA_CLI_ISA=isa.NAME,
-    )
-
-
 PRINT_ASSEMBLY = """
 from gemma_cli.runtime import layers
 import numpy as np
@@ -287,18 +255,6 @@ def test_amx_computes_with_nothing_but_loads_and_products(tmp_path: Path) -> Non
     names = ["ldtilecfg", "tileloadd", "tilestored", "tilerelease"]
     assert [name for name, _ in shared] == names
     assert all("%tmm7" in operands for _, operands in shared[1:3])
-
-
-def test_kernels_with_amx_spelled_out(tmp_path: Path) -> None:
-    """Those that AMX makes a difference to, also where tiles get lost (pretended_amx.py)."""
-    run_python(
-        tmp_path,
-        "-m",
-        "pytest",
-        *("-p", "pretended_amx", "-p", "no:cacheprovider", "-x"),
-        *("-k", "many or amx or threads or (exact and 19)"),
-        str(TESTS / "test_kernels.py"),
-    )
 
 
 def missing_for_arm() -> str:
