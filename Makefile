@@ -6,7 +6,7 @@ DEMO_MODEL := gemma-3-270m-int4
 # Tests keep their compiled kernels and models here, away from those in use.
 TEST_HOME := $(CURDIR)/.venv/test-home
 
-.PHONY: demo test fuzz kill guard determinism strings bench-gains bench-peers bench-quality dist lint format clean
+.PHONY: demo test fuzz kill guard determinism strings bench-gains bench-peers bench-quality lowest audit dist lint format clean
 
 demo: .venv/installed-demo
 	@$(BIN)/gemma-cli models 2>/dev/null | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
@@ -63,6 +63,19 @@ bench-peers: .venv/installed-dev
 bench-quality: .venv/installed-dev
 	@$(BIN)/python tests/bench_quality.py $(ARGS)
 
+# The oldest packages that pyproject.toml allows, in an environment of their own, and the tests of
+# what is built on them.
+LOWEST := $(addprefix tests/test_,golden.py machine_code.py checkpoint_gguf.py tokenizer.py \
+	snapshot.py pipelines.py constraint.py plots.py hub.py chat_terminal.py markdown.py)
+lowest: .venv-lowest/installed
+	GEMMA_CLI_HOME=$(CURDIR)/.venv-lowest/test-home .venv-lowest/bin/python -m pytest \
+		-p no:cacheprovider $(LOWEST)
+
+# Published advisories for what is installed.
+audit: .venv/installed-dev .venv-audit/bin/pip-audit
+	$(BIN)/pip freeze --exclude-editable > .venv-audit/installed.txt
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r .venv-audit/installed.txt
+
 # The wheel and the source distribution, in dist/; tests/dist.py says what they are put through.
 dist: .venv/installed-dev
 	$(BIN)/python tests/dist.py
@@ -77,10 +90,23 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+.venv-audit/bin/pip-audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+
+# Each `name>=version` of pyproject.toml is taken at its word; tools of the tests are the newest.
+.venv-lowest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	sed -n '/^dependencies/,/^dev = /s/.*"\([^">]*\)>=\([^";]*\).*/\1==\2/p' pyproject.toml \
+		> .venv-lowest/constraints.txt
+	.venv-lowest/bin/pip install --quiet --disable-pip-version-check \
+		-c .venv-lowest/constraints.txt -e '.[constrained,hub,plot]' hypothesis jsonschema pyte pytest
+	@touch $@
 
 .venv/installed-demo: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[demo]'

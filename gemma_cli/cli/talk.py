@@ -71,7 +71,7 @@ class Talk:
             self._doing = before
 
         loaded = loading.load(str(self.path), self.threads, waiting)
-        # The first call fetches the compiled kernels, which takes a quarter of a second.
+        # The first call links the compiled kernels.
         loaded.model.forward([0], loaded.model.new_cache(1))
         if self.markdown:
             import gemma_cli.cli.markdown  # noqa: F401 (takes a tenth of a second, too)
