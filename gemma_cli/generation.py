@@ -9,7 +9,7 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import TYPE_CHECKING, Literal
 
-from gemma_cli.drafting import LONGEST, PromptLookup
+from gemma_cli.drafting import PromptLookup
 from quantize.errors import GemmaError
 
 if TYPE_CHECKING:  # so that the command line can name PromptTooLong without loading the kernels
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # so that the command line can name PromptTooLong without loa
 FinishReason = Literal["stop", "length", "interrupted", "loop"]
 
 BATCH_SIZE = 8
+FORCED = 15  # ids that a constraint leaves no choice of, read at once with the one before them
 AHEAD = 64  # answers of a batch that may wait for an earlier one
 
 
@@ -97,7 +98,7 @@ def generate(
                     break
             # The last id of the answer is never in the cache, so it cannot be drafted either.
             most = end - len(context) - 1
-            if drafted := list(sample.forced[: min(most, LONGEST)]):
+            if drafted := list(sample.forced[: min(most, FORCED)]):
                 if lookup:
                     lookup.skip(context, len(drafted))
             elif lookup:

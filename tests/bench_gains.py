@@ -84,7 +84,7 @@ class Bench:
         return measure
 
     def answer(self, text: str, sampling: Sampling, *, draft: bool) -> Speed:
-        ids = [2, *Tokenizer(self.file.tokenizer).encode(text)]
+        ids = [2, *Tokenizer(self.file.tokenizer_model).encode(text)]
 
         def measure() -> float:
             cache = self.model.new_cache(len(ids) + 257)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from markov import VOCAB_SIZE, Cache, Markov
 
 from gemma_cli.drafting import COST, CREDIT, INCOME, LONGEST, PromptLookup
-from gemma_cli.generation import generate
+from gemma_cli.generation import FORCED, generate
 from gemma_cli.runtime import Model
 from gemma_cli.runtime.model import MOST_ROWS
 from gemma_cli.sampling import Sampler, Sampling
@@ -29,18 +29,18 @@ def first_draft(prompt: list[int], token: int) -> list[int]:
 
 
 def test_a_draft_and_its_first_id_fit_one_call() -> None:
-    assert LONGEST + 1 == MOST_ROWS
+    assert LONGEST < FORCED + 1 == MOST_ROWS
 
 
 def test_a_draft_is_what_came_after() -> None:
-    assert first_draft([7, 8, 9, 5, 6, 1, 7, 8], 9) == [5, 6]
+    assert first_draft([7, 8, 9, 5, 6, 1, 7, 8], 9) == [5, 6, 1]
     assert first_draft([7, 8, 9, 5, 6, 1, 7, 8], 6) == []
     # After three ids rather than after two, though two came later.
-    assert first_draft([7, 8, 9, 5, 6, 1, 8, 9, 3, 3, 7, 8], 9) == [5, 6]
+    assert first_draft([7, 8, 9, 5, 6, 1, 8, 9, 3, 3, 7, 8], 9) == [5, 6, 1]
     # After two if there is no more; the last time rather than the first.
-    assert first_draft([8, 9, 5, 6, 1, 8, 9, 3, 4, 2, 8], 9) == [3, 4]
+    assert first_draft([8, 9, 5, 6, 1, 8, 9, 3, 4, 2, 8], 9) == [3, 4, 2]
     # What repeats goes round.
-    assert first_draft([1, 2, 3, 4, 4, 4], 4) == [4, 4]
+    assert first_draft([1, 2, 3, 4, 4, 4], 4) == [4, 4, 4]
     assert first_draft([1], 1) == first_draft([1, 1], 1) == []
 
 
@@ -59,7 +59,7 @@ def follow(next_id: Callable[[list[int]], int], prompt: list[int], n: int) -> li
 
 def test_drafts_that_are_right_grow() -> None:
     drafts = follow(lambda draft: 5, [5] * 20, 60)
-    assert [len(draft) for draft in drafts] == [2, 4, 8, 15, 15, 15]
+    assert [len(draft) for draft in drafts] == [3, *[7] * 7]
 
 
 @given(st.lists(st.integers(2, 4), min_size=5, max_size=40), st.integers(1, 500))
@@ -77,7 +77,7 @@ def test_drafts_come_back_when_they_are_right() -> None:
 
     lengths = [len(draft) for draft in follow(next_id, [5] * 20, 1000)]
     assert max(lengths[5:400]) == 1
-    assert lengths[-3:] == [15, 15, 15]
+    assert lengths[-3:] == [7, 7, 7]
 
 
 def run(
@@ -121,7 +121,7 @@ def test_drafts_save_calls() -> None:
     model, prompt = Markov(3), [5, 6, 7]
     ids, _ = run(model, Cache(), prompt, Sampling(temperature=0), draft=True, stop_ids=frozenset())
     assert len(ids) == 200 - 3 + 1
-    assert len(model.calls) < 60  # it repeats itself after a while
+    assert len(model.calls) < 80  # it repeats itself after a while
 
 
 @settings(deadline=None)
