@@ -83,11 +83,12 @@ def _send_again(unraisable: "sys.UnraisableHookArgs") -> None:
     From another thread, and a little later: sent from here, it would be handled here.
     """
     exception = unraisable.exc_value
+    statuses = {128 + number: number for number in _TERMINATE}
     if isinstance(exception, KeyboardInterrupt):
         number = _INTERRUPT
-    elif isinstance(exception, SystemExit) and isinstance(exception.code, int):
-        number = exception.code - 128
-    else:
+    elif isinstance(exception, SystemExit) and exception.code in statuses:
+        number = statuses[exception.code]
+    else:  # no signal's
         sys.__unraisablehook__(unraisable)
         return
     again = threading.Timer(0.01, os.kill, (os.getpid(), number))

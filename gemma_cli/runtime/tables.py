@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 class Weights(NamedTuple):
     """Addresses of everything that is read from the mapping, and the layers' kinds."""
 
-    matrices: NDArray[np.int64]  # (7 n_layers + 1, matrix.N_COLUMNS)
+    matrices: NDArray[np.int64]  # (7 n_layers + 1, N_COLUMNS)
     norms: NDArray[np.int64]  # (n_layers + 1, 6)
     slides: NDArray[np.bool_]  # (n_layers,)
     frequencies: NDArray[np.float64]  # (2 global or sliding, head_dim / 2), of rotary positions
