@@ -48,6 +48,8 @@ class Hub:
     stated_sha256: str | None = None
     stated_sha1: str | None = None
     stated_info: bytes | None = None  # the whole answer
+    stated_headers: dict[str, str] = field(default_factory=dict)  # of files
+    endless: bool = False  # files have no end
     status: int = 0  # of every answer
     requests: Counter[str] = field(default_factory=Counter)
     ranges: list[str] = field(default_factory=list)
@@ -129,6 +131,12 @@ class Handler(BaseHTTPRequestHandler):
             linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(hub.files[name]))}
             self.answer(302, Location=f"{hub.cdn_url}/cdn/{name}", **headers, **linked)
             return
+        if hub.stated_headers:
+            headers |= hub.stated_headers
+            kinds = {"X-Error-Code": 404, "Location": 302}
+            if kind := kinds.keys() & headers.keys():
+                self.answer(kinds[kind.pop()], **headers)
+                return
         self.send_file(name, headers)
 
     def send_file(self, name: str, headers: dict[str, str]) -> None:
@@ -142,6 +150,10 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         body = data[start:]
         headers["Content-Length"] = str(len(body))
+        if hub.endless:
+            del headers["Content-Length"]
+            body += bytes(10**6)
+            self.close_connection = True
         self.send_response(206 if asked else 200)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -152,8 +164,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.breaks -= 1
             body = body[: hub.break_after]
             self.close_connection = True
+        hub.sent += len(body)  # before the client can ask for it
         self.wfile.write(body)
-        hub.sent += len(body)
 
 
 class Server(ThreadingHTTPServer):
@@ -296,6 +308,20 @@ def test_a_repository_that_was_renamed(remote_hub: Hub) -> None:
     assert_is_checkpoint(fetch("hf:old/gemma-tiny"))
 
 
+def test_where_there_are_no_links(
+    remote_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("[WinError 1314] A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    folder, sent = fetch(), remote_hub.sent
+    assert_is_checkpoint(folder)
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+    assert fetch() == folder
+    assert remote_hub.sent == sent
+
+
 @pytest.mark.parametrize("cdn", [False, True])
 def test_a_connection_that_breaks_is_taken_up_again(remote_hub: Hub, cdn: bool) -> None:
     remote_hub.cdn, remote_hub.break_after, remote_hub.breaks = cdn, 50_000, 2
@@ -432,6 +458,69 @@ def test_hostile_answers(remote_hub: Hub, tmp_path: Path, answer: object) -> Non
     assert not list(tmp_path.rglob("config.json"))
 
 
+ELSEWHERE = {
+    "an own file above": "../../../own",
+    "a new file above": "../../../new",
+    "an own file, absolute": "{folder}/own",
+    "a new file, absolute": "{folder}/new",
+    "above a file": "config.json/../../../../own",
+    "this folder": ".",
+    "empty": "",
+    "very long": "x" * 5000,
+    "with NUL": "x\0y",
+    "escapes": "\x1b]0;x\x07",
+    "bytes": "\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("value", ELSEWHERE.values(), ids=ELSEWHERE)
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("header", ["X-Repo-Commit", "ETag", "X-Linked-Etag"])
+def test_headers_name_no_files(
+    remote_hub: Hub, tmp_path: Path, header: str, missing: bool, value: str
+) -> None:
+    """What a program that takes them for names would write, link to, or delete."""
+    own = tmp_path / "own"
+    own.write_text("not the hub's")
+    remote_hub.stated_headers = {header: value.format(folder=tmp_path)}
+    if missing:
+        remote_hub.stated_headers["X-Error-Code"] = "EntryNotFound"
+    if missing or "\0" in value:  # which no header may hold
+        with pytest.raises(GemmaError, match=SOURCE) as caught:
+            fetch()
+        assert str(caught.value).isprintable()
+    else:
+        assert_is_checkpoint(fetch())
+    assert own.read_text() == "not the hub's"
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "own"}
+    repo = tmp_path / "cache/models--google--gemma-tiny"
+    assert {path.name for path in repo.parent.iterdir()} == {".locks", repo.name}
+    assert {path.name for path in repo.iterdir()} <= {"blobs", "refs", "snapshots"}
+    remote_hub.stated_headers = {}
+    assert_is_checkpoint(fetch())
+
+
+@pytest.mark.parametrize(
+    "place", ["file:///etc/passwd", "//", "http://[", "gopher://x/", "/x" * 5000, "\x1b[2J", "\xff"]
+)
+def test_places_that_are_none(remote_hub: Hub, place: str) -> None:
+    remote_hub.stated_headers = {"Location": place}
+    with pytest.raises(GemmaError, match=SOURCE) as caught:
+        fetch()
+    assert str(caught.value).isprintable()
+    remote_hub.stated_headers = {}
+    assert_is_checkpoint(fetch())
+
+
+def test_a_file_without_an_end_does_not_fill_the_disk(remote_hub: Hub, tmp_path: Path) -> None:
+    remote_hub.endless = True
+    with pytest.raises(GemmaError, match=r"config\.json.*deleted"):
+        fetch()
+    assert not leftovers(tmp_path)
+    remote_hub.endless = False
+    assert_is_checkpoint(fetch())
+
+
 @pytest.mark.parametrize("token", [None, "wrong"])
 def test_a_gated_repository(
     remote_hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str | None
@@ -470,6 +559,7 @@ def test_what_is_not_there(remote_hub: Hub) -> None:
     [
         *("hf:", "hf:gemma", "hf:google/", "hf:/gemma", "hf:a/b/c", "hf:google/gemma@"),
         *("hf:google/gemma@../x", "hf:../gemma", "hf:google/..", "hf:google/ge mma", "hf:g/é"),
+        *("hf:google/gemma@/etc/x", "hf:google/gemma@-x"),
         *("hf:google/gemma@a b", "hf:google/gemma\n", "hf:google/gemma?x=1", "hf://google/gemma"),
     ],
 )

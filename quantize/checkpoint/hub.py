@@ -1,9 +1,16 @@
 """Checkpoints of the Hugging Face hub: hf:OWNER/NAME or hf:OWNER/NAME@REVISION.
 
-The package huggingface_hub (extra `hub`) asks, downloads, and keeps the files where other programs
-find them too (HF_HOME). Two things are added here. A large file that was broken off goes on where
-it stopped, also in a later run. And a file is used only if its checksum is the one that the hub
-states: SHA-256 for what is in large file storage, git's SHA-1 for small files.
+The package huggingface_hub (extra `hub`) asks and transfers. What arrives is kept here, where other
+programs find it too (HF_HOME), in the layout that they share:
+
+    models--OWNER--NAME/blobs/CHECKSUM
+    models--OWNER--NAME/snapshots/COMMIT/FILE    a link to its blob
+    models--OWNER--NAME/refs/REVISION            the commit that it was
+
+Two things are added by that. A file that was broken off goes on where it stopped, also in a later
+run. And a file is used only if its checksum is the one that the hub states: SHA-256 for what is in
+large file storage, git's SHA-1 for small files. Paths are made of checked names alone:
+hf_hub_download would take them from an answer's headers, where `ETag: "../../../x"` is a path, too.
 """
 
 import errno
@@ -26,7 +33,7 @@ from quantize.errors import GemmaError, shown
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_SOURCE = re.compile(r"hf:(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+_SOURCE = re.compile(r"hf:(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 _SMALL = (
     *("config.json", "generation_config.json", "tokenizer_config.json"),
     *("chat_template.jinja", "chat_template.json"),
@@ -48,6 +55,10 @@ class RemoteFile:
     """Of its bytes; empty for a small file, which git keeps."""
     git_sha1: str
     """Of git's blob of a small file."""
+
+    @property
+    def checksum(self) -> str:
+        return self.sha256 or self.git_sha1
 
     def is_at(self, path: Path) -> bool:
         """Whether a file holds what the hub says."""
@@ -133,7 +144,7 @@ def look_up(source: str) -> Remote:
     for file in wanted:
         digits = 64 if file.sha256 else 40
         # A checksum becomes the name of a file.
-        if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", file.sha256 or file.git_sha1):
+        if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", file.checksum):
             raise GemmaError(f"The hub states no checksum of {file.name} in {source}; try later.")
     return Remote(repo, revision, info.sha, tuple(wanted))
 
@@ -185,68 +196,73 @@ def download(remote: Remote, progress: Callable[[int], None]) -> Path:
     progress: called with the number of bytes that are there. Raises GemmaError if a file cannot be
     had as the hub states it, or if config.json, which comes first, is of no Gemma.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # noqa: PLC0415
+    from huggingface_hub import constants  # noqa: PLC0415
+    from huggingface_hub.file_download import repo_folder_name  # noqa: PLC0415
 
-    def cached(name: str) -> Path | None:
-        path = try_to_load_from_cache(remote.repo, name, revision=remote.commit)
-        return Path(path) if isinstance(path, str) else None
-
+    cache = Path(constants.HF_HUB_CACHE)
+    repo = cache / repo_folder_name(repo_id=remote.repo, repo_type="model")
+    folder: Path = repo / "snapshots" / remote.commit
     with _explained(remote.repo, remote.revision):
-        _check_space(remote, [file for file in remote.files if not cached(file.name)])
+        _check_space(remote, [file for file in remote.files if not (folder / file.name).exists()])
         done = 0
         for file in remote.files:
+            path, blob = folder / file.name, repo / "blobs" / file.checksum
             checked = False
-            if file.sha256 and not cached(file.name):
-                checked = _fetch(remote, file, progress, done)
-            # A large file is there now: this links it.
-            path = Path(hf_hub_download(remote.repo, file.name, revision=remote.commit))
-            if path.parent.name != remote.commit:
-                raise _not_understood(remote.origin, f"{file.name} is of another commit")
+            if not path.exists():
+                checked = _fetch(remote, file, blob, progress, done)
+                _link(blob, path)
             if not checked and not file.is_at(path):
-                path.resolve().unlink()
-                path.unlink(missing_ok=True)
+                for damaged in (path, blob):
+                    damaged.unlink(missing_ok=True)
                 raise _damaged(remote, file)
             if file.name == "config.json" and remote.files[-1].name.endswith(".safetensors"):
                 where = f"The config.json of hf:{remote.repo}"
                 config_from_hf(parse_json_object(read_file(path), where), where)
             done += file.size
             progress(done)
-        if remote.files:
-            # Once by the revision: the cache then knows its commit without the hub.
-            hf_hub_download(remote.repo, remote.files[0].name, revision=remote.revision)
-    folder = cached(remote.files[0].name if remote.files else "config.json")
-    if folder is None:
-        raise ValueError(f"{remote.origin} is not in the cache")
-    return folder.parent
+        if remote.files and remote.revision != remote.commit:
+            # The cache then knows the revision's commit without the hub.
+            ref = repo / "refs" / remote.revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            partial = ref.with_name(f"{ref.name}.incomplete")
+            partial.write_text(remote.commit)
+            os.replace(partial, ref)
+    return folder
+
+
+class _TooLong(Exception):  # noqa: N818 (no error: it says what came)
+    """More bytes come than there are."""
 
 
 class _Counted(io.BufferedWriter):
     """A file that is appended to, and tells how many bytes there are, with those before it."""
 
-    def __init__(self, path: Path, progress: Callable[[int], None], before: int) -> None:
+    def __init__(self, path: Path, size: int, progress: Callable[[int], None], before: int) -> None:
         super().__init__(io.FileIO(path, "ab"))
-        self._progress, self._before = progress, before
+        self._size, self._progress, self._before = size, progress, before
 
     def write(self, data: "ReadableBuffer", /) -> int:
         written = super().write(data)
+        if self.tell() > self._size:
+            raise _TooLong
         self._progress(self._before + self.tell())
         return written
 
 
-def _fetch(remote: Remote, file: RemoteFile, progress: Callable[[int], None], before: int) -> bool:
-    """Puts a large file where huggingface_hub finds it: in its cache, under its SHA-256.
+def _fetch(
+    remote: Remote, file: RemoteFile, blob: Path, progress: Callable[[int], None], before: int
+) -> bool:
+    """Puts a file into the cache, under its checksum.
 
     Gives whether that was checked; not so if the cache had it. before: bytes of other files.
     """
-    from huggingface_hub import constants, hf_hub_url  # noqa: PLC0415
-    from huggingface_hub.file_download import http_get, repo_folder_name  # noqa: PLC0415
+    from huggingface_hub import hf_hub_url  # noqa: PLC0415
+    from huggingface_hub.file_download import http_get  # noqa: PLC0415
     from huggingface_hub.utils import WeakFileLock, build_hf_headers  # noqa: PLC0415
 
-    cache = Path(constants.HF_HUB_CACHE)
-    folder = repo_folder_name(repo_id=remote.repo, repo_type="model")
-    blob = cache / folder / "blobs" / file.sha256
-    partial = blob.with_name(f"{file.sha256}.incomplete")
-    lock = cache / ".locks" / folder / f"{file.sha256}.lock"
+    partial = blob.with_name(f"{blob.name}.incomplete")
+    repo = blob.parents[1]
+    lock = repo.parent / ".locks" / repo.name / f"{blob.name}.lock"
     for path in (blob, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
@@ -254,20 +270,37 @@ def _fetch(remote: Remote, file: RemoteFile, progress: Callable[[int], None], be
             return False
         if partial.exists() and partial.stat().st_size > file.size:
             partial.unlink()
-        with _Counted(partial, progress, before) as out:
-            http_get(
-                hf_hub_url(remote.repo, file.name, revision=remote.commit),
-                out,
-                resume_size=out.tell(),
-                headers=build_hf_headers(),
-                expected_size=file.size,
-                displayed_filename=file.name,
-            )
-        if not file.is_at(partial):
+        try:
+            with _Counted(partial, file.size, progress, before) as out:
+                http_get(
+                    hf_hub_url(remote.repo, file.name, revision=remote.commit),
+                    out,
+                    resume_size=out.tell(),
+                    # Where it stopped is a place in the file itself, not in one that is packed.
+                    headers=build_hf_headers() | {"Accept-Encoding": "identity"},
+                    expected_size=file.size,
+                    displayed_filename=file.name,
+                )
+            right = file.is_at(partial)
+        except _TooLong:
+            right = False
+        if not right:
             partial.unlink()
             raise _damaged(remote, file)
         os.replace(partial, blob)
     return True
+
+
+def _link(blob: Path, path: Path) -> None:
+    """Has a file's name lead to its blob; where there are no links, the blob goes there itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    link = path.with_name(f"{path.name}.incomplete")
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(blob, path.parent))
+    except OSError:
+        link = blob
+    os.replace(link, path)
 
 
 def _damaged(remote: Remote, file: RemoteFile) -> GemmaError:
