@@ -93,8 +93,9 @@ class Model:
         self.chunk_size = chunk_size
         self.n_threads = n_threads or default_threads()
         # Compiled code gives up the interpreter's lock, so plain threads run side by side.
-        self._pool = ThreadPoolExecutor(max(1, self.n_threads - 1))
+        self._pool = self._new_pool()
         self._others: list[Future[None]] = []
+        self._is_running = False
         self._shape = _shape(self.config)
         self._codebooks: list[NDArray[np.uint8]] = []
         self._weights = self._addresses()
@@ -185,8 +186,7 @@ class Model:
         """Appends ids to the caches, as many to each, and fills the logits of the last ones."""
         if n_best > self._n_tiles:  # A tile's largest logit stands for it.
             n_best = 0
-        for other in self._others:
-            other.result()  # It has nothing left to do, but may not have said so yet.
+        self._wait_for_others()
         self._counters[:] = 0
         if len(ids) <= FEW:
             self._reserve_partials(len(ids), caches[0].context)
@@ -200,14 +200,27 @@ class Model:
         def work(thread: int, *kept: object) -> None:
             run(parts.ctypes.data, thread)
 
+        self._is_running = True
         # A thread may come when the others have done everything, and must find what it looks at.
         self._others = [
             self._pool.submit(work, thread, self, new) for thread in range(1, self.n_threads)
         ]
         work(0)
+        self._is_running = False
         self._check(len(ids), caches)
         for cache in caches:
             cache.length += len(ids) // len(caches)
+
+    def _wait_for_others(self) -> None:
+        """Threads of the last run have nothing left to do, but may not have said so yet."""
+        for other in self._others:
+            other.result()
+        if self._is_running:  # Ctrl-C may have come before it was kept in a list who runs.
+            self._pool.shutdown()
+            self._pool = self._new_pool()
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max(1, self.n_threads - 1))
 
     def _check(self, n_tokens: int, caches: Sequence[KVCache]) -> None:
         """Raises GemmaError if the weights or what came of them cannot be relied on."""

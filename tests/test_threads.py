@@ -1,0 +1,150 @@
+"""Threads of a model: they end with it, however it was left, and work on nothing but their run."""
+
+import gc
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from program import Cli, program
+
+from gemma_cli.generation import generate
+from gemma_cli.runtime import Model, machine_code
+from gemma_cli.sampling import Sampler, Sampling
+from quantize.modelfile import ModelFile
+
+IDS = [2, *range(5, 25)]
+
+
+def model_of(home: Path) -> Model:
+    return Model(ModelFile.open(home / "endless.safetensors"), n_threads=4)
+
+
+@pytest.fixture
+def started(home: Path) -> Callable[[], set[threading.Thread]]:
+    """Gives the threads that were started in the test."""
+    before = set(threading.enumerate())
+    return lambda: set(threading.enumerate()) - before
+
+
+def assert_they_end(threads: set[threading.Thread]) -> None:
+    gc.collect()
+    for thread in threads:
+        thread.join(60)
+    assert not [thread.name for thread in threads if thread.is_alive()]
+
+
+def test_they_end_with_the_model(home: Path, started: Callable[[], set[threading.Thread]]) -> None:
+    model = model_of(home)
+    model.forward(IDS, model.new_cache(50))
+    threads = started()
+    assert 1 <= len(threads) <= 3  # as many as could not be done without
+    del model
+    assert_they_end(threads)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, GeneratorExit])
+def test_they_end_where_an_answer_is_broken_off(
+    home: Path, started: Callable[[], set[threading.Thread]], error: type[BaseException]
+) -> None:
+    def answer() -> None:
+        model = model_of(home)
+        sampler = Sampler(Sampling(temperature=0))
+        for n, _ in enumerate(generate(model, model.new_cache(500), IDS, sampler, frozenset())):
+            if n == 3:
+                raise error
+
+    with pytest.raises(error):
+        answer()
+    assert_they_end(started())
+
+
+@pytest.mark.parametrize("command", ["run", "map"])
+def test_commands_leave_none(
+    cli: Cli, home: Path, started: Callable[[], set[threading.Thread]], command: str
+) -> None:
+    model = str(home / "endless.safetensors")
+    for stdin in (b"the man\nthe men", b"the man " * 10_000):  # which does not fit
+        cli(command, "-m", model, "-t", "0", "-n", "5", "-c", "100", "--threads", "4", stdin=stdin)
+    assert_they_end(started())
+
+
+LIBRARY = """
+import signal, sys
+from gemma_cli.generation import generate
+from gemma_cli.runtime import Model
+from gemma_cli.sampling import Sampler, Sampling
+from quantize.modelfile import ModelFile
+from pathlib import Path
+model = Model(ModelFile.open(Path(sys.argv[1])), n_threads=4)
+sampler = Sampler(Sampling(temperature=0))
+for n, _ in enumerate(generate(model, model.new_cache(500), [2, 5, 6], sampler, frozenset())):
+    if n == 3:
+        exec(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        ("sys.exit(7)", 7),
+        ("1 / 0", 1),
+        ("signal.raise_signal(signal.SIGINT)", -signal.SIGINT),
+        ("pass", 0),
+    ],
+)
+def test_a_process_of_somebody_else_ends(home: Path, end: str, status: int) -> None:
+    """Which has none of the program's handlers, and does not leave by os._exit."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIBRARY, str(home / "endless.safetensors"), end],
+        env=program(home)[1],
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == status, done.stderr
+
+
+def test_a_run_waits_for_threads_of_one_that_was_interrupted(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come when a thread has its work and nobody knows of it yet. It uses the memory
+    that the next run would."""
+    model = model_of(home)
+    expected = model.forward(IDS, model.new_cache(50)).copy()
+    seen: list[tuple[str, bool]] = []
+    gate, interrupted = threading.Event(), False
+    load, submit = machine_code.load, model._pool.submit
+
+    def watched(example: tuple[Any, ...]) -> machine_code.Run:
+        run = load(example)
+
+        def enter(address: int, thread: int, lost: bool = not interrupted) -> None:
+            if lost:
+                gate.wait()
+            seen.append(("enter", lost))
+            run(address, thread)
+            seen.append(("leave", lost))
+
+        return enter
+
+    def interrupt(*args: Any) -> Future[Any]:
+        nonlocal interrupted
+        submit(*args)
+        interrupted = True
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine_code, "load", watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(model._pool, "submit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.forward(IDS, model.new_cache(50))
+    threading.Timer(0.3, gate.set).start()
+    np.testing.assert_array_equal(model.forward(IDS, model.new_cache(50)), expected)
+    assert seen[:2] == [("enter", True), ("leave", True)]
