@@ -219,6 +219,28 @@ def test_in_a_callback_from_c(number: int) -> None:
     assert (result.returncode, result.stderr) == (128 + number, b"")
 
 
+@pytest.mark.parametrize("status", ["7", "0", "130", "137", "None", "'143'", "[143]"])
+def test_an_exit_in_a_callback_that_is_no_signal(status: str) -> None:
+    """Is told as Python tells it, and nothing is sent: 137 would be SIGKILL."""
+    code = (
+        "import ctypes, sys, time; from gemma_cli.cli import signals\n"
+        "signals.prepare()\n"
+        "signals.become_exceptions()\n"
+        f"ctypes.CFUNCTYPE(None)(lambda: sys.exit({status}))()\n"
+        "time.sleep(0.1)\n"  # ten times as long as the other would take
+        "print('goes on')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        check=False,
+        timeout=20,
+    )
+    assert (result.returncode, result.stdout) == (0, b"goes on\n")
+    assert b"SystemExit" in result.stderr
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_what_is_ignored_stays_so(home: Path, number: int) -> None:
     """As nohup says, and shells of what they run in the background."""
