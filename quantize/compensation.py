@@ -11,6 +11,10 @@ after it. So inputs are rounded from the last to the first, each to what is near
 
 A group's scale is found when the group is reached: of a number of candidates, each with the codes
 that this rounding gives, the one that leaves least of the error's part in the group's columns.
+
+When a group is rounded so, those before it are taken to make up for whatever it leaves. They cannot
+quite. So each group is rounded once more, in the same way, with all others as they are then
+(coordinate descent, as Behdin et al. 2023 do it input by input, arXiv:2309.01885).
 """
 
 from typing import NamedTuple
@@ -27,6 +31,11 @@ _DAMPING = 0.01
 """Of H's mean diagonal, added to it: inputs that the text hardly used must not be free to take any
 error (GPTQ's value)."""
 
+_SHRINKAGE = 0.1
+"""How much of H's entries off the diagonal is not believed: they differ from text to text. On
+WikiText, Gemma 3 270M rounded with half of the text that comes with gemma-cli diverged by 0.053
+with 0, by 0.048 with 0.1 or 0.2 (without the ten worst of 1,700 positions)."""
+
 _COLUMNS = 256  # of the Cholesky factor, found together
 
 
@@ -37,8 +46,7 @@ class Factor(NamedTuple):
     """(n_in,), the inputs with those that matter most last, whole groups of them together: what is
     rounded first, all others can make up for."""
     lower: NDArray[np.float32]
-    """(n_in, n_in), the Cholesky factor L of the matrix in this order, damped; what is above the
-    diagonal is not part of it"""
+    """(n_in, n_in), the Cholesky factor L of the matrix in this order, shrunk and damped"""
 
 
 def factorize(gram: NDArray[np.float32], group_size: int) -> Factor:
@@ -47,9 +55,10 @@ def factorize(gram: NDArray[np.float32], group_size: int) -> Factor:
     inner = groups.argsort(1, kind="stable") + np.arange(0, len(gram), group_size)[:, None]
     order = inner[groups.sum(1).argsort(kind="stable")].ravel()
     lower = gram[np.ix_(order, order)]
-    diagonal = lower.reshape(-1)[:: len(gram) + 1]
-    mean = diagonal.mean(dtype=np.float64)
-    diagonal += np.float32(_DAMPING * mean if mean > 0 else 1)
+    lower *= np.float32(1 - _SHRINKAGE)
+    mean = gram.diagonal().mean(dtype=np.float64)
+    damping = np.float32(_DAMPING * mean if mean > 0 else 1)
+    np.fill_diagonal(lower, gram.diagonal()[order] + damping)
     # In place, as a feed-forward block's matrix may take a gigabyte; NumPy's needs two more.
     for start in range(0, len(lower), _COLUMNS):
         below, block = slice(start, None), slice(start, start + _COLUMNS)
@@ -57,6 +66,7 @@ def factorize(gram: NDArray[np.float32], group_size: int) -> Factor:
         corner = np.linalg.cholesky(lower[block, block])
         lower[below, block] = np.linalg.solve(corner, lower[below, block].T).T
         lower[block, block] = corner
+        lower[block, start + _COLUMNS :] = 0
     return Factor(order, lower)
 
 
@@ -65,8 +75,10 @@ def round_compensated(
     group_size: int,
     levels: Levels,
     factor: Factor,
+    *,
+    again: bool = True,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Rounds to the levels of a codebook.
+    """Rounds to the levels of a codebook; without `again`, each group once.
 
     rows: (n_rows, n_in) -> codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
@@ -75,25 +87,54 @@ def round_compensated(
     ordered = rows[:, order]
     codes = np.empty((n_rows, n_in), np.uint8)
     scales = np.empty((n_rows, n_in // group_size), np.float16)
+    errors = np.zeros((n_rows, n_in), np.float32)
+    blocks = [slice(i, i + group_size) for i in reversed(range(0, n_in, group_size))]
+    for block in blocks:
+        # Errors of the groups after this one, as these columns of L see them.
+        carried = errors[:, block.stop :] @ lower[block.stop :, block]
+        own = np.ascontiguousarray(lower[block, block])
+        chosen, stored, lost = _round_group(ordered[:, block], carried, own, levels)
+        codes[:, order[block]], scales[:, order[block.start] // group_size] = chosen, stored
+        errors[:, block] = lost
+    if not again:
+        return codes, scales
+    left = errors @ lower
+    for block in blocks:
+        seen_by = lower[block, : block.stop]
+        gram = seen_by @ seen_by.T
+        # The values of this group that would be best, and how far it is from them.
+        off = np.linalg.solve(gram, seen_by @ left[:, : block.stop].T).T
+        values = ordered[:, block] - errors[:, block]
+        own = np.linalg.cholesky(gram)
+        chosen, stored, lost = _round_group(values + off, np.zeros_like(off), own, levels)
+        better = ((lost @ own) ** 2).sum(1) < ((off @ own) ** 2).sum(1)
+        change = np.where(better[:, None], off - lost, np.float32(0))
+        errors[:, block] -= change
+        left[:, : block.stop] -= change @ seen_by
+        codes[np.ix_(better, order[block])] = chosen[better]
+        scales[better, order[block.start] // group_size] = stored[better]
+    return codes, scales
+
+
+def _round_group(
+    weights: NDArray[np.float32],
+    carried: NDArray[np.float32],
+    own: NDArray[np.float32],
+    levels: Levels,
+) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float32]]:
+    """Codes, scales (n,) and errors of a group's weights (n, group_size), with what is carried to
+    its columns of L, (n, group_size), and its own part of L, (group_size, group_size)."""
     grid, middles = grid_of(levels)
     steps = tuple(zip(middles, np.diff(grid), strict=True))
     # What lays a weight of 1 on either end of the codebook, or near it.
     spans = np.outer([grid[0], grid[-1]], STRETCHES).ravel().astype(np.float32)
-    errors = np.zeros((n_rows, n_in), np.float32)
-    for start in range(n_in - group_size, -1, -group_size):
-        stop = start + group_size
-        block, own = slice(start, stop), np.ascontiguousarray(lower[start:stop, start:stop])
-        weights = np.ascontiguousarray(ordered[:, block])
-        # Errors of the groups after this one, as these columns of L see them.
-        carried = errors[:, stop:] @ lower[stop:, block]
-        best = np.empty(n_rows, np.float32)
-        _search(weights, carried, own, grid[0], steps, spans, best)
-        stored = rounded_scales(best)[0]
-        chosen, lost = np.empty(weights.shape, np.uint8), np.empty_like(weights)
-        _round(weights, carried, own, stored.astype(np.float32), grid, middles, chosen, lost)
-        codes[:, order[block]], errors[:, block] = chosen, lost
-        scales[:, order[start] // group_size] = stored
-    return codes, scales
+    weights = np.ascontiguousarray(weights)
+    best = np.empty(len(weights), np.float32)
+    _search(weights, carried, own, grid[0], steps, spans, best)
+    scales = rounded_scales(best)[0]
+    codes, errors = np.empty(weights.shape, np.uint8), np.empty_like(weights)
+    _round(weights, carried, own, scales.astype(np.float32), grid, middles, codes, errors)
+    return codes, scales, errors
 
 
 @cached(FOLDER, fastmath={"contract", "reassoc", "nsz"})
