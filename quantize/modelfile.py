@@ -222,9 +222,11 @@ def _layout(
     return entries
 
 
-def data_bytes(description: Description) -> int:
+def data_bytes(
+    config: GemmaConfig, tokenizer_bytes: int, matrices: Mapping[str, MatrixSpec]
+) -> int:
     """The bytes of all tensors of a model file, which are all but its header."""
-    layout = _layout(description.config, len(description.tokenizer_model), description.matrices)
+    layout = _layout(config, tokenizer_bytes, matrices)
     return max(entry["data_offsets"][1] for entry in layout.values())
 
 

@@ -213,7 +213,9 @@ def _check_output(output: Path, source: Checkpoint, force: bool) -> None:
 
 def _check_space(output: Path, description: Description) -> None:
     """Raises GemmaError if the disk has no room for the file."""
-    needed, free = modelfile.data_bytes(description), shutil.disk_usage(output.parent).free
+    n_tokenizer = len(description.tokenizer_model)
+    needed = modelfile.data_bytes(description.config, n_tokenizer, description.matrices)
+    free = shutil.disk_usage(output.parent).free
     if needed > free:
         raise GemmaError(
             f"{output} takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; free "

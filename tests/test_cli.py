@@ -668,6 +668,9 @@ def test_quantize(cli: Cli, home: Path, tmp_path: Path) -> None:
     ]
     assert result.json["bytes"] == target.stat().st_size
     assert result.json["bits_per_weight"] == plan["bits_per_weight"]
+    with target.open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    assert plan["bytes"] + header == target.stat().st_size
     again = cli("quantize", source, "-o", target)
     assert (again.status, "--force" in again.err) == (1, True)
     assert cli("quantize", source, "-o", target, "--force").status == 0

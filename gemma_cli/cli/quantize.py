@@ -300,11 +300,15 @@ def report(summary: "Summary", json: bool) -> None:
 def print_plan(
     checkpoint: "Checkpoint", plan: "Sequence[PlannedTensor]", path: Path, json: bool
 ) -> None:
+    from quantize.modelfile import data_bytes
+
     config = checkpoint.config
     context = min(loading.DEFAULT_CONTEXT, config.context_length)
     cache_bytes = loading.cache_bytes(config, context)
-    n_bytes = sum(p.spec.nbytes for p in plan)
-    bits = 8 * n_bytes / sum(p.spec.n_out * p.spec.n_in for p in plan)
+    matrices = {p.name: p.spec for p in plan}
+    n_bytes = data_bytes(config, len(checkpoint.tokenizer_model), matrices)
+    n_weights = sum(spec.n_out * spec.n_in for spec in matrices.values())
+    bits = 8 * sum(spec.nbytes for spec in matrices.values()) / n_weights
     if json:
         tensors = [
             {
