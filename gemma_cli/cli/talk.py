@@ -89,7 +89,7 @@ class Talk:
         if future.done() or not self.choose:
             loaded = future.result()
         else:
-            with output.waiting(f"{self._doing.capitalize()} ..."):
+            with output.waiting(f"{self._doing[0].upper()}{self._doing[1:].rstrip('.')} ..."):
                 loaded = future.result()
         from gemma_cli.conversation import Conversation
 
