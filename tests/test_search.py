@@ -126,9 +126,7 @@ def corrected(gram: NDArray[np.floating]) -> Floats:
     """A Gram matrix as it is factorized: a tenth less beside the diagonal, a hundredth of the
     diagonal's mean added to it."""
     diagonal = np.diag(np.diag(gram).astype(np.float64))
-    return np.asarray(
-        0.9 * gram + 0.1 * diagonal + 0.01 * np.diag(gram).mean() * np.eye(len(gram))
-    )
+    return np.asarray(0.9 * gram + 0.1 * diagonal + 0.01 * np.diag(gram).mean() * np.eye(len(gram)))
 
 
 def gptq_codes(
