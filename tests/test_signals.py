@@ -330,6 +330,35 @@ def test_reading_what_is_no_longer_there(tmp_path: Path, reader: str) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (1, b"", expected.encode())
 
 
+def test_threads_that_lose_their_pages_together(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(bytes(10**6))
+    code = (
+        "import os, sys, time, numba; from pathlib import Path\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from gemma_cli.cli import signals\n"
+        "from quantize.checkpoint.source import map_file\n"
+        "@numba.njit(['i8(u1[:])', 'i8(Array(u1, 1, \"C\", readonly=True))'], nogil=True)\n"
+        "def kernel(data): return data.sum()\n"
+        "signals.prepare()\n"
+        "write = os.write\n"
+        "os.write = lambda *args: (write(*args), time.sleep(0.3))\n"  # lets the others come
+        "data = map_file(Path(sys.argv[1]))\n"
+        "os.truncate(sys.argv[1], 4096)\n"
+        "pool = ThreadPoolExecutor(4)\n"
+        "[pool.submit(kernel, data) for _ in range(4)][0].result()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, path],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    expected = f"gemma-cli: {path} was cut short while it was in use: make it again.\n"
+    assert (result.returncode, result.stderr) == (1, expected.encode())
+
+
 def test_a_terminal_is_as_it_was_when_the_model_file_is_gone(home: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(home / "endless.safetensors", path)

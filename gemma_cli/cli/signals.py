@@ -30,6 +30,7 @@ _INTERRUPT, *_TERMINATE = (
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 _handled = threading.Event()
+_leaving = threading.RLock()
 _restorers: list[Callable[[], None]] = []
 _kept: list[object] = []  # what the system calls must not go away
 
@@ -155,6 +156,9 @@ def _explain_lost_pages() -> None:
 
 
 def _leave_at_once(status: int, text: str = "") -> None:
+    # Several threads may lose their pages at once, and one is to say so. Never released; a signal
+    # that comes meanwhile, in the same thread, passes.
+    _leaving.acquire()
     for restore in _restorers:
         restore()
     os.write(2, text.encode())
