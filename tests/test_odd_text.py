@@ -20,7 +20,7 @@ from tiny_tokenizer import train
 from gemma_cli.cli import output
 from gemma_cli.cli.answering import Form
 from gemma_cli.cli.markdown import MarkdownScreen
-from gemma_cli.runtime import Model
+from gemma_cli.runtime import Model, bandwidth
 from gemma_cli.text.stream import StreamDecoder
 from gemma_cli.text.tokenizer import Tokenizer
 from quantize.errors import visible
@@ -201,28 +201,37 @@ def test_what_one_would_not_see_is_spelled_out() -> None:
     assert output.table([[HIDDEN, "a\x1b[2J\nb"]]) == [f"{spelled}  a[2J b"]
 
 
-def test_names_of_files_and_in_files(cli: Cli, home: Path, tmp_path: Path) -> None:
+UNSEEN = re.compile("[\x1b\u202e\u200b\u2066\ufeff\u3164\u00ad]")
+
+
+def test_names_of_files_and_in_files(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 1 << 20)
+    monkeypatch.setenv("GEMMA_CLI_HOME", str(tmp_path / HIDDEN))
     config = tiny("gemma3")
     source = write_hf(tmp_path / f"{HIDDEN}\x1b[2J", config, random_weights(config))
-    models = tmp_path / "m"
-    path = models / f"{HIDDEN}\x1b]0;x\x07.safetensors"
+    path = tmp_path / HIDDEN / "models" / f"{HIDDEN}\x1b]0;x\x07.safetensors"
     result = cli("quantize", source, "-o", path)
     assert (result.status, path.exists()) == (0, True)
+    assert not UNSEEN.search(result.err)
     commands: list[list[str | Path]] = [
         ["inspect", "-m", path],
         ["verify", "-m", path],
         ["quantize", source, "-o", path],  # it exists
+        ["quantize", source, "-o", path, "--dry-run"],
         ["inspect", "-m", f"{path}x"],
         ["run", "-m", path, "-c", "999999999", "x"],
         ["quantize", source.parent / f"{HIDDEN}.gguf"],
+        ["doctor"],
+        ["models"],
+        ["config"],
     ]
     for args in commands:
         result = cli(*args)
-        assert "\x1b" not in result.err, args
-        assert not re.search("[\u202e\u200b\u2066\ufeff\u3164\u00ad]", result.err), args
-    shown = cli("inspect", "-m", path).out
-    assert r"\u202e" in shown
-    assert not re.search("[\x1b\u202e\u200b\u2066\ufeff\u3164\u00ad]", shown)
+        assert not UNSEEN.search(result.err), args
+        assert not UNSEEN.search(result.out.replace("\x1b", "")), args  # a pipe obeys nothing
+        assert r"\u202e" in result.out + result.err, args
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")

@@ -16,7 +16,7 @@ from gemma_cli.cli.prompt import Values
 from gemma_cli.cli.talk import NotNow, Talk
 from gemma_cli.models import find_model, list_models
 from gemma_cli.session import Session, find_session, last_message, list_sessions, new_path
-from quantize.errors import GemmaError, visible
+from quantize.errors import GemmaError
 
 KEYS = [
     ("Ctrl-C", "stop the answer; at the prompt drop the line, twice leave"),
@@ -51,7 +51,7 @@ def obey(talk: Talk, line: str) -> str:
     except NotNow:
         pass
     except GemmaError as error:
-        output.note(visible(str(error)))
+        output.note(str(error))
     except typer.BadParameter as error:
         output.note(error.message)
     return ""

@@ -11,7 +11,7 @@ import typer
 from gemma_cli.cli import config, loading, options, output
 from gemma_cli.models import config_path, list_models, model_name, models_folder
 from quantize.cache import cache_folder
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -199,7 +199,7 @@ def _facts(rows: dict[str, str]) -> "RenderableType":
 
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(Text(name, "bold"), Text(output.clean(value), overflow="fold"))
+        table.add_row(Text(name, "bold"), Text(output.clean(visible(value)), overflow="fold"))
     return table
 
 
@@ -220,7 +220,7 @@ def _table(heading: str, models: list[dict[str, Any]]) -> "RenderableType":
             else (f"{model['most_tok_s']:.0f}")
         )
         table.add_row(
-            Text(output.clean(model["name"])),
+            Text(output.clean(visible(model["name"]))),
             output.size(model["bytes"]),
             output.size(model["cache_bytes"]),
             fits[model["fits"]],

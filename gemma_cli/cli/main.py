@@ -29,7 +29,7 @@ from gemma_cli.cli import (
 from gemma_cli.cli import help as help_pages
 from gemma_cli.cli import map as map_lines
 from gemma_cli.generation import PromptTooLong
-from quantize.errors import GemmaError, visible
+from quantize.errors import GemmaError
 from quantize.memory import check_memory
 
 COMMANDS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {
@@ -153,11 +153,11 @@ def execute() -> int:
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else 0
     except GemmaError as error:
-        output.note(f"gemma-cli: {visible(str(error))}")
+        output.note(f"gemma-cli: {error}")
         return 3 if isinstance(error, PromptTooLong) else 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        output.note(visible(f"gemma-cli: {where}{error.strerror or error}."))
+        output.note(f"gemma-cli: {where}{error.strerror or error}.")
     except MemoryError:
         output.note("gemma-cli: There is not enough memory; try a smaller -c/--context.")
     except Exception as error:

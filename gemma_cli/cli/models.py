@@ -3,7 +3,7 @@
 from gemma_cli.cli import options, output
 from gemma_cli.cli.inspect import GENERATIONS
 from gemma_cli.models import HOW_TO_GET_ONE, list_models, models_folder
-from quantize.errors import GemmaError, visible
+from quantize.errors import GemmaError
 
 
 def models(json: options.Json = False) -> None:
@@ -21,7 +21,7 @@ def models(json: options.Json = False) -> None:
         try:
             file = ModelFile.open(path)
         except GemmaError as error:
-            output.note(f"gemma-cli: {visible(str(error))}")
+            output.note(f"gemma-cli: {error}")
             continue
         kind = "base" if file.chat == "base" else "instruction-tuned"
         generation = GENERATIONS.get(file.config.generation, file.config.generation)

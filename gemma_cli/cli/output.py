@@ -57,8 +57,10 @@ def write_table(rows: Sequence[Sequence[str]]) -> None:
 def note(text: str, indent: int = 0) -> None:
     """Writes a line to standard error; on a terminal, lines that are wrapped between words.
 
+    Names in it show all that they hide, and command nothing.
     Lines after the first of what is wrapped are indented, if there is room for that.
     """
+    text = visible(text)
     if sys.stderr.isatty():
         columns = shutil.get_terminal_size().columns
         wrapper = textwrap.TextWrapper(

@@ -23,6 +23,7 @@ from prompt_toolkit.styles import Style
 from prompt_toolkit.utils import is_dumb_terminal
 
 from gemma_cli.cli import output
+from quantize.errors import visible
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import CompleteEvent
@@ -153,7 +154,7 @@ class ScreenPrompt(LinePrompt):
             completer=_CommandCompleter(commands),
             # The menu takes room below the prompt only where there can be one.
             complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-            bottom_toolbar=lambda: f" {output.clean(status())}",
+            bottom_toolbar=lambda: f" {output.clean(visible(status()))}",
             history=_open_history(history),
             enable_suspend=True,
             style=STYLE,

@@ -12,7 +12,7 @@ import typer
 from gemma_cli import demo
 from gemma_cli.cli import inspect, loading, options, output, signals
 from gemma_cli.models import SUFFIX, models_folder
-from quantize.errors import GemmaError
+from quantize.errors import GemmaError, visible
 from quantize.recipe import FORMAT_OF_BITS, GROUP_SIZES, METHODS, RECIPES
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def report(summary: "Summary", json: bool) -> None:
         output.write_json(described)
         return
     output.write(
-        f"{summary.output}: {output.size(summary.bytes)}, "
+        f"{visible(str(summary.output))}: {output.size(summary.bytes)}, "
         f"{summary.bits_per_weight:.2f} bits a weight\n"
     )
     if summary.verification:
@@ -344,6 +344,7 @@ def print_plan(
         for p in plan
     ]
     output.write_table([("tensor", "format", "shape", "group", "size", ""), *rows])
-    output.write(f"\n{path}: {output.size(n_bytes)}, {bits:.2f} bits a weight (not written)\n")
+    told = f"{path}: {output.size(n_bytes)}, {bits:.2f} bits a weight (not written)"
+    output.write(f"\n{visible(told)}\n")
     caches = ", ".join(f"{output.size(n)} ({kv})" for kv, n in cache_bytes.items())
     output.write(f"Memory besides: {caches} for {context} tokens of context\n")

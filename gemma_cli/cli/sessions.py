@@ -20,7 +20,7 @@ from gemma_cli.session import (
     snapshot_path,
     title,
 )
-from quantize.errors import GemmaError, visible
+from quantize.errors import GemmaError
 
 app = typer.Typer(
     cls=help_pages.Group,
@@ -67,7 +67,7 @@ def describe() -> list[dict[str, object]]:
         try:
             session = Session.open(path, to_write=False)
         except (GemmaError, FileNotFoundError) as error:
-            output.note(f"gemma-cli: {visible(str(error))}")
+            output.note(f"gemma-cli: {error}")
             continue
         changed = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
         described.append(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from gemma_cli.cli import output
+from quantize.errors import visible
 
 try:
     import termios
@@ -148,7 +149,7 @@ def _explain_lost_pages() -> None:
         for path, size in mapped_sizes.items():
             if not path.exists() or path.stat().st_size < size:
                 what = f"{path} was cut short while it was in use"
-        _leave_at_once(1, f"gemma-cli: {output.clean(what)}: make it again.\n")
+        _leave_at_once(1, f"gemma-cli: {output.clean(visible(what))}: make it again.\n")
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lost)
     _kept.append(handler)

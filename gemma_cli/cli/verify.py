@@ -2,6 +2,7 @@
 
 from gemma_cli import integrity
 from gemma_cli.cli import loading, options, output
+from quantize.errors import visible
 
 
 def verify(model: options.ModelName = None) -> None:
@@ -16,4 +17,5 @@ def verify(model: options.ModelName = None) -> None:
     file = loading.open_model(model)  # compares the header's
     with output.progress_bar("Verifying", file.size, in_bytes=True) as progress:
         integrity.check(file, progress)
-    output.write(f"{file.path}: {len(file.tensors)} tensors, {output.size(file.size)}: whole\n")
+    told = f"{file.path}: {len(file.tensors)} tensors, {output.size(file.size)}: whole\n"
+    output.write(visible(told))
