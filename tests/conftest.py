@@ -23,6 +23,13 @@ from quantize.pipeline import quantize
 settings.register_profile("seeded", derandomize=True)
 settings.load_profile("seeded")
 
+# What runs the tests in the background, or under nohup, may have these ignored, which the program
+# respects and hands on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_a_run_waits_for_threads_of_one_that_was_interrupted(
 
         def enter(address: int, thread: int, lost: bool = not interrupted) -> None:
             if lost:
-                gate.wait()
+                gate.wait(20)
             seen.append(("enter", lost))
             run(address, thread)
             seen.append(("leave", lost))
@@ -141,10 +142,15 @@ def test_a_run_waits_for_threads_of_one_that_was_interrupted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(machine_code, "load", watched)
+    cache = model.new_cache(50)
     with monkeypatch.context() as patch:
         patch.setattr(model._pool, "submit", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            model.forward(IDS, model.new_cache(50))
+            model.forward(IDS, cache)
+    held = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert held()  # what the thread has yet to write to
     threading.Timer(0.3, gate.set).start()
     np.testing.assert_array_equal(model.forward(IDS, model.new_cache(50)), expected)
     assert seen[:2] == [("enter", True), ("leave", True)]

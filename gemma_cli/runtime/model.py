@@ -203,7 +203,8 @@ class Model:
         self._is_running = True
         # A thread may come when the others have done everything, and must find what it looks at.
         self._others = [
-            self._pool.submit(work, thread, self, new) for thread in range(1, self.n_threads)
+            self._pool.submit(work, thread, self, new, caches)
+            for thread in range(1, self.n_threads)
         ]
         work(0)
         self._is_running = False
