@@ -206,6 +206,7 @@ def generate_batch(
     # A daemon: if nobody wants the rest, it waits for a place in the queue until the program ends.
     Thread(target=_read, args=(prompts, queue), daemon=True).start()
     lanes: list[_Lane] = []  # oldest first
+    free: list[KVCache] = []  # of lanes that have ended: memory that is there already
     begun, reading, failure = 0, True, None
     while reading or lanes:
         while reading and len(lanes) < batch_size:
@@ -226,23 +227,27 @@ def generate_batch(
                 continuation.error = error
                 yield continuation
                 continue
-            own = _shared(cache, prefix_ids, prompt_ids)
+            own = _shared(cache, free, prefix_ids, prompt_ids)
             continuation.cached = own.length
             yield continuation
             if end == len(prompt_ids):
+                free.append(own)
                 continuation.finish_reason = "length"
                 yield continuation
                 continue
             lane = _Lane(continuation, own, list(prompt_ids), end)
             logits = model.forward(prompt_ids[own.length :], own, n_best=sample.n_best)
             yield lane.advance(model, logits, stop_ids)
-            if not continuation.finish_reason:
+            if continuation.finish_reason:
+                free.append(own)
+            else:
                 lanes.append(lane)
         if lanes:
             last, caches = [lane.context[-1] for lane in lanes], [lane.cache for lane in lanes]
             rows = model.decode(last, caches, n_best=sample.n_best)
             for lane, row in zip(lanes, rows, strict=True):
                 yield lane.advance(model, row, stop_ids)
+            free += [lane.cache for lane in lanes if lane.continuation.finish_reason]
             lanes = [lane for lane in lanes if not lane.continuation.finish_reason]
     if failure:
         raise failure
@@ -258,10 +263,16 @@ def _read(prompts: Iterable[Sequence[int]], queue: Queue[Sequence[int] | Excepti
         queue.put(error)
 
 
-def _shared(cache: KVCache, prefix_ids: Sequence[int], prompt_ids: Sequence[int]) -> KVCache:
+def _shared(
+    cache: KVCache, free: list[KVCache], prefix_ids: Sequence[int], prompt_ids: Sequence[int]
+) -> KVCache:
     """A copy of the cache, which holds the prefix, with what the prompt begins with, less at least
-    its last id: that one gives the logits."""
-    own = cache.copy()
+    its last id: that one gives the logits. A free one is taken if there is one."""
+    if free:
+        own = free.pop()
+        own.restore(cache.state())
+    else:
+        own = cache.copy()
     try:
         own.truncate(n_common(prefix_ids, prompt_ids[:-1]))
     except ValueError:  # a sliding window has gone past it

@@ -32,6 +32,12 @@ class Cache:
     def copy(self) -> "Cache":
         return Cache(self.capacity, list(self.ids))
 
+    def state(self) -> list[int]:
+        return self.ids
+
+    def restore(self, state: list[int]) -> None:
+        self.ids[:] = state
+
 
 class Markov:
     """Logits that depend on the last two ids in the cache; only the n_best largest are there.

@@ -96,6 +96,15 @@ def test_the_same_as_alone(
     assert cache.ids == prefix
 
 
+def test_no_more_caches_are_made_than_grow_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    copy = Cache.copy
+    monkeypatch.setattr(Cache, "copy", lambda cache: copies.append(cache) or copy(cache))
+    asked = [[2, 3 + i % 4] for i in range(20)]
+    done = list(together(Markov(0), Cache(), [], asked, GREEDY, batch_size=3, max_tokens=5))
+    assert (len(done), len(copies)) == (20, 3)
+
+
 def test_places_are_filled_at_once() -> None:
     model, lengths = Markov(0), [4, 1, 2, 9, 1, 3, 2]
     n_asked = 0
