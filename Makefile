@@ -6,7 +6,7 @@ DEMO_MODEL := gemma-3-270m-int4
 # Tests keep their compiled kernels and models here, away from those in use.
 TEST_HOME := $(CURDIR)/.venv/test-home
 
-.PHONY: demo test fuzz kill guard determinism strings bench-gains bench-peers bench-quality lowest audit dist lint format clean
+.PHONY: demo test coverage fuzz kill guard determinism strings bench-gains bench-peers bench-quality lowest audit dist lint format clean
 
 demo: .venv/installed-demo
 	@$(BIN)/gemma-cli models 2>/dev/null | grep -q '$(DEMO_MODEL)' || $(BIN)/gemma-cli quantize demo
@@ -18,6 +18,20 @@ demo: .venv/installed-demo
 
 test: .venv/installed-dev
 	GEMMA_CLI_HOME=$(TEST_HOME) $(BIN)/python -m pytest
+
+# Lines of both packages that the tests run, but for tests that measure time, which counting takes,
+# and kernels on other instruction sets. Kernels are compiled anew, so that what makes them is
+# counted; then those of the quantizer run as Python, without the one test that would take minutes.
+COVERAGE_HOME := $(CURDIR)/.venv/coverage-home
+coverage: .venv/installed-dev
+	rm -rf .coverage $(COVERAGE_HOME) && mkdir .coverage
+	GEMMA_CLI_HOME=$(COVERAGE_HOME) $(BIN)/coverage run -m pytest \
+		--ignore tests/test_kernels_apart.py --ignore tests/test_fuzz.py \
+		--deselect "tests/test_hostile.py::test_tokenizer_model[2 million fields]"
+	NUMBA_DISABLE_JIT=1 $(BIN)/coverage run -m pytest tests/test_grouping.py tests/test_search.py \
+		-k "not fitted_codebook"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # Mutated files of every format for so long; tests/fuzz.py says what each must come to.
 SECONDS ?= 600
@@ -90,7 +104,7 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-lowest .venv-audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .coverage .venv .venv-lowest .venv-audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
