@@ -102,7 +102,8 @@ def test_no_more_caches_are_made_than_grow_at_a_time(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Cache, "copy", lambda cache: copies.append(cache) or copy(cache))
     asked = [[2, 3 + i % 4] for i in range(20)]
     done = list(together(Markov(0), Cache(), [], asked, GREEDY, batch_size=3, max_tokens=5))
-    assert (len(done), len(copies)) == (20, 3)
+    assert len(done) == 20
+    assert len(copies) <= 3  # fewer where prompts come no faster than answers end
 
 
 def test_places_are_filled_at_once() -> None:
