@@ -102,7 +102,7 @@ def round_compensated(
     for block in blocks:
         seen_by = lower[block, : block.stop]
         gram = seen_by @ seen_by.T
-        # The values of this group that would be best, and how far it is from them.
+        # How far the group's best values, with all others as they are, lie from those that it has.
         off = np.linalg.solve(gram, seen_by @ left[:, : block.stop].T).T
         values = ordered[:, block] - errors[:, block]
         own = np.linalg.cholesky(gram)

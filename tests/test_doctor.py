@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from program import Cli, load, program
+from program import Cli, load
 from terminals import Terminal
 
 from gemma_cli.measure import machine
@@ -67,27 +66,6 @@ def test_it_says_what_is_wrong(
         "exists": True,
         "usable": False,
     }
-
-
-@pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_cache_that_others_can_write(tmp_path: Path, options: tuple[str, ...]) -> None:
-    """Nothing is shown that code from there would have measured."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    cache.chmod(0o777)
-    command, environment = program(tmp_path)
-    done = subprocess.run(
-        [*command, "doctor", *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"gemma-cli: {cache} is for machine code")
-    assert "others can write there; delete it" in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert not list(cache.iterdir())
 
 
 def test_what_does_not_fit(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

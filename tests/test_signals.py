@@ -18,6 +18,19 @@ from quantize.checkpoint import open_checkpoint
 from quantize.pipeline import quantize
 
 
+def run_code(
+    code: str, *arguments: object, timeout: int = 60
+) -> subprocess.CompletedProcess[bytes]:
+    """Python code that imports the packages, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
 def start(home: Path, *args: str | Path) -> subprocess.Popen[bytes]:
     command, environment = program(home)
     return subprocess.Popen(
@@ -186,13 +199,7 @@ def test_where_compiled_code_does_not_return(number: int) -> None:
         "work(1)"
     )
     for how in ("exceptions", "at once"):
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(int(number)), how],
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-            capture_output=True,
-            check=False,
-            timeout=60,
-        )
+        result = run_code(code, int(number), how)
         assert (result.returncode, result.stderr) == (128 + number, b"")
 
 
@@ -209,13 +216,7 @@ def test_in_a_callback_from_c(number: int) -> None:
         "except KeyboardInterrupt:\n"
         "    sys.exit(130)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(int(number))],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        check=False,
-        timeout=20,
-    )
+    result = run_code(code, int(number), timeout=20)
     assert (result.returncode, result.stderr) == (128 + number, b"")
 
 
@@ -230,13 +231,7 @@ def test_an_exit_in_a_callback_that_is_no_signal(status: str) -> None:
         "time.sleep(0.1)\n"  # ten times as long as the other would take
         "print('goes on')"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        check=False,
-        timeout=20,
-    )
+    result = run_code(code, timeout=20)
     assert (result.returncode, result.stdout) == (0, b"goes on\n")
     assert b"SystemExit" in result.stderr
 
@@ -319,13 +314,7 @@ def test_reading_what_is_no_longer_there(tmp_path: Path, reader: str) -> None:
         "os.truncate(sys.argv[1], 4096)\n"
         f"ThreadPoolExecutor().submit(lambda: {reader}).result()"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, path],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
+    result = run_code(code, path)
     expected = f"gemma-cli: {path} was cut short while it was in use: make it again.\n"
     assert (result.returncode, result.stdout, result.stderr) == (1, b"", expected.encode())
 
@@ -348,13 +337,7 @@ def test_threads_that_lose_their_pages_together(tmp_path: Path) -> None:
         "pool = ThreadPoolExecutor(4)\n"
         "[pool.submit(kernel, data) for _ in range(4)][0].result()"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, path],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
+    result = run_code(code, path)
     expected = f"gemma-cli: {path} was cut short while it was in use: make it again.\n"
     assert (result.returncode, result.stderr) == (1, expected.encode())
 

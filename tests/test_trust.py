@@ -84,22 +84,37 @@ def test_a_folder_that_others_can_read_holds_no_kernels(own_home: Path) -> None:
     assert kernels_folder(SOURCES) == folder
 
 
-def test_the_program_refuses_such_a_cache_in_one_sentence(own_home: Path) -> None:
-    (own_home / "cache").mkdir(parents=True)
-    (own_home / "cache").chmod(0o777)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize", str(GOLDEN / "gemma-mha"), "-o", "out.safetensors"),
+        ("doctor",),
+        ("doctor", "--json"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_the_program_refuses_such_a_cache_in_one_sentence(
+    own_home: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    """And shows nothing that code from there would have measured."""
+    cache = own_home / "cache"
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
     command, environment = program(own_home)
-    source, output = GOLDEN / "gemma-mha", own_home / "out.safetensors"
     done = subprocess.run(
-        [*command, "quantize", str(source), "-o", str(output)],
+        [*command, *arguments],
         env=environment,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"gemma-cli: {own_home / 'cache'} is for machine code")
+    assert done.stderr.startswith(f"gemma-cli: {cache} is for machine code")
+    assert "others can write there; delete it" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert not output.exists()
+    assert not list(cache.iterdir())
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_where_nothing_can_be_written_nothing_is_kept(own_home: Path) -> None:
