@@ -38,7 +38,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -104,6 +104,11 @@ class MatrixSpec:
         return 8 * self.nbytes / (self.n_out * self.n_in)
 
 
+def bits_per_weight(matrices: Collection[MatrixSpec]) -> float:
+    """Bits for each weight of all matrices, scales included."""
+    return 8 * sum(m.nbytes for m in matrices) / sum(m.n_out * m.n_in for m in matrices)
+
+
 @dataclass(frozen=True)
 class Description:
     """All of a model file but its weights."""
@@ -118,9 +123,7 @@ class Description:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits for each weight of all matrices, scales included."""
-        weights = sum(m.n_out * m.n_in for m in self.matrices.values())
-        return 8 * sum(m.nbytes for m in self.matrices.values()) / weights
+        return bits_per_weight(self.matrices.values())
 
 
 class TensorError(NamedTuple):

@@ -300,15 +300,14 @@ def report(summary: "Summary", json: bool) -> None:
 def print_plan(
     checkpoint: "Checkpoint", plan: "Sequence[PlannedTensor]", path: Path, json: bool
 ) -> None:
-    from quantize.modelfile import data_bytes
+    from quantize.modelfile import bits_per_weight, data_bytes
 
     config = checkpoint.config
     context = min(loading.DEFAULT_CONTEXT, config.context_length)
     cache_bytes = loading.cache_bytes(config, context)
     matrices = {p.name: p.spec for p in plan}
     n_bytes = data_bytes(config, len(checkpoint.tokenizer_model), matrices)
-    n_weights = sum(spec.n_out * spec.n_in for spec in matrices.values())
-    bits = 8 * sum(spec.nbytes for spec in matrices.values()) / n_weights
+    bits = bits_per_weight(matrices.values())
     if json:
         tensors = [
             {
