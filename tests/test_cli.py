@@ -103,6 +103,7 @@ def test_stats_go_to_standard_error(cli: Cli) -> None:
     plain, stats = cli(*args), cli(*args, "--stats")
     assert plain.out == stats.out
     assert "5 tokens" in stats.err
+    assert "answer: 1 token in" in cli(*args[:-1], "1", "--stats").err
 
 
 def test_prompt_files_and_standard_input(cli: Cli, home: Path, tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ def make_sampler(
 
 def cut_off(answer: Answer) -> str:
     """What to say of an answer that has not got the form asked for."""
+    made = output.count(len(answer.ids), "token")
     return (
-        f"The answer was cut off after {len(answer.ids)} tokens, before it had the form asked for: "
+        f"The answer was cut off after {made}, before it had the form asked for: "
         "raise -n/--max-tokens or -c/--context, or ask for less."
     )
 
@@ -98,10 +99,11 @@ class Form:
             output.write("\n")
         if self.stats:
             loaded = f"loaded in {load_s:.2f} s; " if load_s else ""
+            read = output.count(answer.prefilled, "token")
+            made = output.count(len(answer.ids), "token")
             output.note(
-                f"{loaded}prompt: {answer.prefilled} tokens in "
-                f"{answer.prefill_s:.2f} s ({answer.prefill_tok_s:.1f}/s); answer: "
-                f"{len(answer.ids)} tokens in {answer.decode_s:.2f} s "
+                f"{loaded}prompt: {read} in {answer.prefill_s:.2f} s "
+                f"({answer.prefill_tok_s:.1f}/s); answer: {made} in {answer.decode_s:.2f} s "
                 f"({answer.decode_tok_s:.1f}/s); {answer.finish_reason}"
             )
 

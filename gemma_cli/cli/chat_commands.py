@@ -222,7 +222,7 @@ def _file(talk: Talk, argument: str) -> None:
             )
         talk.files[path.name] = text
         size = output.size(len(text.encode("utf-8", "surrogateescape")))
-        output.note(f"{path}: {size}, {n_tokens:,} tokens.")
+        output.note(f"{path}: {size}, {output.count(n_tokens, 'token')}.")
     names = ", ".join(talk.files)
     output.note(f"In front of your next message: {names}." if names else "No file is to be sent.")
 
@@ -260,12 +260,12 @@ def _stats(talk: Talk, argument: str) -> None:
         rows += [
             (
                 "last prompt",
-                f"{answer.prompt_tokens:,} tokens, {answer.prefilled:,} of them read in "
+                f"{output.count(answer.prompt_tokens, 'token')}, {answer.prefilled:,} read in "
                 f"{answer.prefill_s:.2f} s ({answer.prefill_tok_s:.1f}/s)",
             ),
             (
                 "last answer",
-                f"{len(answer.ids):,} tokens in {answer.decode_s:.2f} s "
+                f"{output.count(len(answer.ids), 'token')} in {answer.decode_s:.2f} s "
                 f"({answer.decode_tok_s:.1f}/s), {answer.finish_reason}",
             ),
         ]

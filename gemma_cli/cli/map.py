@@ -152,8 +152,8 @@ def map_lines(
     if stats:
         seconds = perf_counter() - started - load_s
         output.note(
-            f"loaded in {load_s:.2f} s; {index + 1} lines in {seconds:.2f} s: "
-            f"{n_read} tokens read, {n_made} made ({n_made / seconds:.1f}/s)"
+            f"loaded in {load_s:.2f} s; {output.count(index + 1, 'line')} in {seconds:.2f} s: "
+            f"{output.count(n_read, 'token')} read, {n_made} made ({n_made / seconds:.1f}/s)"
         )
     if n_failed:
         raise typer.Exit(1)

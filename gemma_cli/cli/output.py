@@ -74,6 +74,11 @@ def note(text: str, indent: int = 0) -> None:
     print(clean(text), file=sys.stderr, flush=True)
 
 
+def count(n: int, noun: str) -> str:
+    """For example "1 token", "2,048 tokens"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def size(n_bytes: float) -> str:
     """For example "151.3 MB", in powers of 1000."""
     if n_bytes < 1000:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -60,9 +60,9 @@ def list_(json: options.Json = False) -> None:
         output.note("No conversation was kept yet: gemma-cli chat keeps each.")
 
 
-def describe() -> list[dict[str, object]]:
+def describe() -> list[dict[str, Any]]:
     """What there is to know of each session; one that is damaged is told of and left out."""
-    described: list[dict[str, object]] = []
+    described: list[dict[str, Any]] = []
     for path in list_sessions():
         try:
             session = Session.open(path, to_write=False)
@@ -83,13 +83,14 @@ def describe() -> list[dict[str, object]]:
     return described
 
 
-def as_rows(described: list[dict[str, object]]) -> Sequence[tuple[str, ...]]:
+def as_rows(described: list[dict[str, Any]]) -> Sequence[tuple[str, ...]]:
     rows = []
     for each in described:
-        changed = f"{datetime.fromisoformat(str(each['changed'])):%Y-%m-%d %H:%M}"
-        model, first = Path(str(each["model"])).stem, str(each["title"])
+        changed = f"{datetime.fromisoformat(each['changed']):%Y-%m-%d %H:%M}"
+        model, first = Path(each["model"]).stem, each["title"]
         shown = first if len(first) <= 50 else first[:47] + "..."
-        rows.append((str(each["name"]), changed, f"{each['turns']} turns", model, shown))
+        turns = output.count(each["turns"], "turn")
+        rows.append((each["name"], changed, turns, model, shown))
     return rows
 
 

@@ -263,7 +263,7 @@ class Talk:
         """Prints what was said last."""
         session = self.session
         last = ", the last ones:" if session.turns else "."
-        output.note(f"Session {session.name}: {len(session.turns)} turns{last}")
+        output.note(f"Session {session.name}: {output.count(len(session.turns), 'turn')}{last}")
         if not session.turns:
             return
         output.note("> " + last_message(session)[1].strip().replace("\n", "\n  "), indent=2)
