@@ -71,16 +71,20 @@ def generate(
         return "length"
     lookup = PromptLookup(context) if draft else None
     n_best = sample.n_best
+    # Where a form begins, it may well allow none of the ids that are likely.
+    all_there = sample.constraint is not None
     new, drafted = context[cache.length :], list[int]()
     try:
         rows: Iterable[NDArray[np.float32]]
-        rows = [model.forward(new, cache, n_best=n_best, progress=progress)]
+        first = 0 if all_there else n_best
+        rows = [model.forward(new, cache, n_best=first, progress=progress)]
         while True:
             # A row of logits is right if the ids before it are: the first always, the next ones as
             # far as the sampler draws what was drafted. It draws once for each id, from the same
             # logits as without a draft; so the ids are the same.
             for row, guess in zip_longest(rows, drafted):
-                token = sample(row, context)
+                token = sample(row, context, all_there=all_there)
+                all_there = False
                 right = token is not None and token == guess
                 if token is None:
                     token = _draw_from_all(model, cache, sample, context)
@@ -155,11 +159,16 @@ class _Lane:
     end: int  # of the context
 
     def advance(
-        self, model: Model, logits: NDArray[np.float32], stop_ids: frozenset[int]
+        self,
+        model: Model,
+        logits: NDArray[np.float32],
+        stop_ids: frozenset[int],
+        *,
+        all_there: bool,
     ) -> Continuation:
         """Draws the next id, or finds the end."""
         sample = self.continuation.sample
-        token = sample(logits, self.context)
+        token = sample(logits, self.context, all_there=all_there)
         if token is None:
             token = _draw_from_all(model, self.cache, sample, self.context)
         if token in stop_ids:
@@ -236,17 +245,21 @@ def generate_batch(
                 yield continuation
                 continue
             lane = _Lane(continuation, own, list(prompt_ids), end)
-            logits = model.forward(prompt_ids[own.length :], own, n_best=sample.n_best)
-            yield lane.advance(model, logits, stop_ids)
+            all_there = sample.constraint is not None  # as in `generate`
+            first = 0 if all_there else sample.n_best
+            logits = model.forward(prompt_ids[own.length :], own, n_best=first)
+            yield lane.advance(model, logits, stop_ids, all_there=all_there)
             if continuation.finish_reason:
                 free.append(own)
             else:
                 lanes.append(lane)
         if lanes:
             last, caches = [lane.context[-1] for lane in lanes], [lane.cache for lane in lanes]
-            rows = model.decode(last, caches, n_best=sample.n_best)
+            all_there = len(lanes) > 1  # The model computes all of them then.
+            n_best = 0 if all_there else sample.n_best
+            rows = model.decode(last, caches, n_best=n_best)
             for lane, row in zip(lanes, rows, strict=True):
-                yield lane.advance(model, row, stop_ids)
+                yield lane.advance(model, row, stop_ids, all_there=all_there)
             free += [lane.cache for lane in lanes if lane.continuation.finish_reason]
             lanes = [lane for lane in lanes if not lane.continuation.finish_reason]
     if failure:

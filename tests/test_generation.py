@@ -147,9 +147,11 @@ def test_the_sampler_sees_the_whole_context() -> None:
     seen: list[list[int]] = []
 
     class Watched(Sampler):
-        def __call__(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
+        def __call__(
+            self, logits: NDArray[np.float32], history: Sequence[int], *, all_there: bool = False
+        ) -> int | None:
             seen.append(list(history))
-            return super().__call__(logits, history)
+            return super().__call__(logits, history, all_there=all_there)
 
     sample = Watched(Sampling(temperature=0))
     ids = generate(
