@@ -21,9 +21,7 @@ from quantize.errors import GemmaError
 KEYS = [
     ("Ctrl-C", "stop the answer; at the prompt drop the line, twice leave"),
     ("Ctrl-J, Alt-Enter", 'a new line; or put the message between lines of """'),
-    ("Ctrl-G", "write in $EDITOR"),
-    ("Ctrl-R", "search what you said before"),
-    ("Tab", "complete a command, its value, a file's name"),
+    ("Ctrl-G, Ctrl-R, Tab", "write in $EDITOR; search what you said; complete"),
 ]
 
 
@@ -70,7 +68,7 @@ def is_command(text: str) -> bool:
 
 def _help(talk: Talk, argument: str) -> None:
     commands = [(f"{name} {c.usage}".rstrip(), c.about) for name, c in COMMANDS.items()]
-    output.note_table([*commands, ("", ""), *KEYS])
+    output.note_table([*commands, *KEYS])  # They fit on a screen of 24 lines, with the prompt.
 
 
 def _system(talk: Talk, argument: str) -> None:
