@@ -184,11 +184,35 @@ class Sampler:
             raise GemmaError("The model's output is not a number: its file may be damaged.")
         if sampling.temperature == 0:
             return best
+        if (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1, 0):
+            return draw_from_all(logits, sampling.temperature, self._random.random())
         ids, weights = candidates(logits, sampling)
         cumulative = np.cumsum(weights)
-        point = self._random.random() * cumulative[-1]
-        drawn = int(np.searchsorted(cumulative, point, side="right"))
-        return int(ids[min(drawn, len(ids) - 1)])
+        return int(ids[_place(cumulative, self._random.random() * cumulative[-1])])
+
+
+def draw_from_all(logits: NDArray[np.float32], temperature: float, at: float) -> int:
+    """The id at so much of all the mass, 0 <= at < 1.
+
+    A vocabulary's running sum takes longer than its exponentials: those of the blocks and of one
+    block do.
+    """
+    temperature = max(temperature, 1e-30)  # as float32 it must not be 0
+    with np.errstate(over="ignore"):  # -inf, a weight of 0
+        weights = np.exp((logits - logits.max()) / np.float32(temperature))
+    rest = len(weights) % BLOCK
+    sums = weights[: len(weights) - rest].reshape(-1, BLOCK).sum(1, dtype=np.float64)
+    blocks = np.cumsum([*sums, weights[-rest:].sum(dtype=np.float64)] if rest else sums)
+    point = at * blocks[-1]
+    block = _place(blocks, point)
+    before = blocks[block - 1] if block else 0
+    within = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    return block * BLOCK + _place(within, point - before)
+
+
+def _place(cumulative: NDArray[np.float64], point: float) -> int:
+    """Where the sums first exceed the point; what adds nothing to them is never it."""
+    return int(np.searchsorted(cumulative, min(point, np.nextafter(cumulative[-1], 0)), "right"))
 
 
 def logprobs(logits: NDArray[np.float32], token: int, n_top: int) -> Logprobs:

@@ -189,7 +189,7 @@ def _in_order(
         yield future.result()
 
 
-def _check_output(output: Path, source: Checkpoint, force: bool) -> None:
+def check_output(output: Path, source: Checkpoint, force: bool) -> None:
     """Raises GemmaError if `output` must not be written."""
     for path in (output, modelfile.partial_path(output)):
         if path.exists() and any(path.samefile(file) for file in (source.path, *source.files)):
@@ -340,7 +340,7 @@ def quantize(
             report(p.name, tensors_done, tensor.nbytes // p.spec.n_out * (stop - start))
 
     try:
-        _check_output(output, source, force)
+        check_output(output, source, force)
         output.parent.mkdir(parents=True, exist_ok=True)
         _check_space(output, description)
         with (

@@ -15,7 +15,7 @@ class InputStatistics:
     mean_squares: NDArray[np.float32]
     """(n_in,), of each input"""
     gram: NDArray[np.float32] | None
-    """(n_in, n_in), of x x^T; None if not gathered"""
+    """(n_in, n_in), of x x^T as it is expected of any text; None if not gathered"""
 
 
 Calibration = Callable[[str], InputStatistics]

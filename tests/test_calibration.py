@@ -109,6 +109,8 @@ def test_statistics_are_those_of_the_reference(
         statistics = gathered(name)
         count = counts.get(name, np.ones(len(x)))
         gram = (x.T * count) @ x / count.sum()
+        # So many tokens besides, whose inputs do not depend on each other.
+        gram = (len(x) * gram + 5000 * np.diag(np.diag(gram))) / (len(x) + 5000)
         # Both work in float32, in another order: a few roundings a layer.
         tolerance = {"rtol": 1e-3, "atol": 1e-4 * np.abs(gram).max()}
         np.testing.assert_allclose(statistics.mean_squares, np.diag(gram), **tolerance)

@@ -8,18 +8,22 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import reference
+from numpy.typing import NDArray
 from program import CONTEXT, GOLDEN, Cli, load, program
 from terminals import Terminal
 
 from gemma_cli.cli import output
+from gemma_cli.measure import own_text
 from gemma_cli.runtime import Model
 from gemma_cli.text.chat import Turn, chat_prompt, raw_prompt
 from gemma_cli.text.tokenizer import Tokenizer
 from quantize.checkpoint import open_checkpoint
+from quantize.errors import GemmaError
 from quantize.modelfile import ModelFile
 
 WRITTEN = Path(__file__).parent / "written"
@@ -708,6 +712,41 @@ def test_calibration_by_a_text_lowers_the_divergence(
     ]
     ranked = sorted(divergence, key=lambda name: divergence[name])
     assert (ranked[0], ranked[-1]) == ("gemma3-shards-int4-gptq", "gemma3-shards-int4-rtn")
+
+
+def test_calibration_by_what_the_checkpoint_writes(
+    cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def draw(model: Model, *args: Any) -> list[NDArray[np.int32]]:
+        drawn.append(model.file)
+        return own_text_draw(model, *args)
+
+    own_text_draw = own_text.draw
+    monkeypatch.setattr(own_text, "N_SEQUENCES", 3)
+    monkeypatch.setattr(own_text, "draw", draw)
+    source, contents = home / "checkpoint", {}
+    for name, how in (
+        ("default", ("--method", "gptq", "--calibrate", "default")),
+        ("own", ("--method", "gptq", "--calibrate", "own")),
+        ("again", ("--method", "gptq")),
+    ):
+        result = cli("quantize", source, "-o", tmp_path / name, *how)
+        assert result.status == 0, result.err
+        contents[name] = (tmp_path / name).read_bytes()
+    assert contents["own"] == contents["again"] != contents["default"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(contents)
+    assert [file.matrices["layers.0.attn_q"].format for file in drawn] == ["int8", "int8"]
+    assert cli("quantize", source, "-o", tmp_path / "own", "--method", "gptq").status == 1
+    assert len(drawn) == 2  # not for a file that would be refused
+
+    def fail(*args: Any) -> None:
+        raise GemmaError("It cannot go on.")
+
+    monkeypatch.setattr(own_text, "draw", fail)
+    assert cli("quantize", source, "-o", tmp_path / "new", "--method", "gptq").status == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(contents)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gemma_cli.sampling import REPEAT_WINDOW, Sampler, Sampling, candidates, largest
+from gemma_cli.sampling import (
+    REPEAT_WINDOW,
+    Sampler,
+    Sampling,
+    candidates,
+    draw_from_all,
+    largest,
+)
 from quantize.errors import GemmaError
 
 
@@ -184,3 +191,22 @@ def test_logits_that_are_no_numbers(bad: float, temperature: float) -> None:
 def test_values_out_of_range(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Sampling(**values)  # type: ignore[arg-type]
+
+
+@given(
+    tied_logits,
+    st.sampled_from([1e-60, 0.25, 1.0, 3.0]),
+    st.floats(0, 1, exclude_max=True),
+    st.integers(0, 700),
+)
+def test_a_draw_from_all_lies_where_the_running_sum_says(
+    logits: NDArray[np.float32], temperature: float, at: float, n_hidden: int
+) -> None:
+    logits[:n_hidden][:-1] = -np.inf  # one is left
+    token = draw_from_all(logits, temperature, at)
+    with np.errstate(over="ignore"):
+        shifted = (logits.astype(np.float64) - logits.max()) / temperature
+    shares = np.cumsum(np.exp(shifted)) / np.exp(shifted).sum()
+    # Weights are float32: each is off by a few of its last bits.
+    assert (shares[token - 1] if token else 0) - 1e-5 <= at <= shares[token] + 1e-5
+    assert np.exp(shifted[token]) > 0

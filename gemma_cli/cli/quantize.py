@@ -16,12 +16,15 @@ from quantize.errors import GemmaError, visible
 from quantize.recipe import FORMAT_OF_BITS, GROUP_SIZES, METHODS, RECIPES
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from quantize.checkpoint import Checkpoint
     from quantize.modelfile import ModelFile, Verification
     from quantize.pipeline import PlannedTensor, Summary
     from quantize.statistics import Calibration
 
-DEFAULT_TEXT = "default"
+DEFAULT_TEXT, OWN_TEXT = "default", "own"
 
 
 def quantize(
@@ -87,10 +90,11 @@ def quantize(
     calibrate: Annotated[
         str | None,
         typer.Option(
-            metavar="TEXT|default",
-            autocompletion=lambda: [DEFAULT_TEXT],
-            help="Run the checkpoint over a text file, or a mixed text that comes with gemma-cli, "
-            "to learn which 4-bit weights matter. Default: only for gptq.",
+            metavar="TEXT|default|own",
+            autocompletion=lambda: [DEFAULT_TEXT, OWN_TEXT],
+            help="Run the checkpoint over a text file, over a mixed text that comes with gemma-cli "
+            "(default), or over that and as much again and more that the checkpoint writes itself "
+            "(own), to learn which 4-bit weights matter. Default: none; for gptq, own.",
             show_default=False,
         ),
     ] = None,
@@ -147,7 +151,7 @@ def quantize(
     from quantize.checkpoint.adapter import merge_adapter
 
     if method == "gptq":
-        calibrate = calibrate or DEFAULT_TEXT
+        calibrate = calibrate or OWN_TEXT
     if plot and not verify:
         raise typer.BadParameter("A plot shows what --verify finds; add it.", param_hint="--plot")
     if calibrate is not None and (bits != 4 or method == "rtn"):
@@ -178,6 +182,8 @@ def quantize(
     if dry_run:
         print_plan(checkpoint, pipeline.plan(checkpoint, bits, group_size, recipe), path, json)
         return
+    pipeline.check_output(path, checkpoint, force)
+    calibration = calibration_of(checkpoint, calibrate, method, path) if calibrate else None
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     with output.progress_bar("Quantizing", total, in_bytes=True) as progress:
         summary = pipeline.quantize(
@@ -187,7 +193,7 @@ def quantize(
             group_size=group_size,
             recipe=recipe,
             method=method,
-            calibration=calibration_of(checkpoint, calibrate, method) if calibrate else None,
+            calibration=calibration,
             verify=verification_of(checkpoint) if verify else None,
             force=force,
             progress=lambda p: progress(p.bytes_done, f"{p.tensors_done}/{p.tensors}"),
@@ -225,21 +231,44 @@ def open_source(source: str) -> "Checkpoint":
     return open_checkpoint(Path(source))
 
 
-def calibration_of(checkpoint: "Checkpoint", text: str, method: str) -> "Calibration":
-    """The statistics of a text file, or of the text that comes with gemma-cli."""
-    from gemma_cli.measure import calibration
+def calibration_of(checkpoint: "Checkpoint", text: str, method: str, path: Path) -> "Calibration":
+    """The statistics of a text file, or of a text that is named; `path` is the model file to be."""
+    from gemma_cli.measure import calibration, own_text
     from gemma_cli.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(checkpoint.tokenizer_model)
-    content = (
-        calibration.default_text() if text == DEFAULT_TEXT else loading.read_files([Path(text)])[0]
-    )
+    is_file = text not in {DEFAULT_TEXT, OWN_TEXT}
+    content = loading.read_files([Path(text)])[0] if is_file else calibration.default_text()
     sequences = calibration.sequences(tokenizer.encode(content), tokenizer.bos_id)
-    if text == DEFAULT_TEXT:
+    if not is_file:
         sequences, _ = calibration.split(sequences)
     if not sequences:
         raise GemmaError(f"{text} is empty: give a text to calibrate with.")
+    if text == OWN_TEXT:
+        longer = [*sequences, *sequences[:1] * own_text.N_SEQUENCES]
+        calibration.check_room(checkpoint, longer, gram=method == "gptq")
+        sequences += draw_text(checkpoint, tokenizer.bos_id, path)
     return calibration.Calibration(checkpoint, sequences, gram=method == "gptq")
+
+
+def draw_text(checkpoint: "Checkpoint", bos_id: int, path: Path) -> "list[NDArray[np.int32]]":
+    """What the checkpoint draws, as a file of 8 bits for as long as it takes."""
+    from gemma_cli.measure import own_text
+    from quantize import pipeline
+    from quantize.modelfile import ModelFile
+
+    draft = path.with_name(f"{path.name}.draft")
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    try:
+        with output.progress_bar("Quantizing to 8 bits", total, in_bytes=True) as progress:
+            pipeline.quantize(
+                checkpoint, draft, bits=8, force=True, progress=lambda p: progress(p.bytes_done)
+            )
+        model = loading.load_model(ModelFile.open(draft), None)
+        with output.progress_bar("Drawing text", own_text.N_SEQUENCES) as progress:
+            return own_text.draw(model, bos_id, progress)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def verification_of(checkpoint: "Checkpoint") -> "Callable[[ModelFile], Verification]":

@@ -34,6 +34,14 @@ SEQUENCE = 512
 
 _HELD_OUT = 12  # One sequence in so many is not for calibration.
 
+_DOUBT = 5000
+"""Tokens that say that a matrix's inputs do not depend on each other, beside those of the text:
+how they do differs from text to text, so what is off the diagonal of a Gram matrix shrinks (Ledoit
+and Wolf 2004, doi:10.1016/S0047-259X(03)00096-4). Rounded by GPTQ with 16,000 tokens, Gemma 3
+270M diverged on WikiText by 0.053 without, by 0.048 with 1,800 and with 4,100; with 97,000 tokens
+by 0.042 with 2,000, 0.041 with 5,000, 0.043 with 11,000 (without the ten worst of 1,700 positions;
+0.001 is noise)."""
+
 _BATCH = 8  # sequences whose inputs to a layer's matrices are held at once
 _GRAM_COLUMNS = 256  # that a thread computes at a time
 _HEAD_LOGITS = 1 << 25  # held at once: 134 MB
@@ -170,13 +178,14 @@ class _Sums:
 
     def __init__(self, with_gram: bool) -> None:
         self._with_gram = with_gram
-        self._count = 0.0
+        self._n_tokens, self._count = 0, 0.0
         self._squares: NDArray[np.float64] | None = None
         self._gram: Floats | None = None
 
     def add(self, x: Floats, counts: Floats, pool: ThreadPoolExecutor) -> None:
         """x: (n, n_in); counts: (n,), how much each of them counts. Both are overwritten."""
         n_in = x.shape[1]
+        self._n_tokens += len(x)
         self._count += float(counts.sum(dtype=np.float64))
         x *= np.sqrt(counts, out=counts)[:, None]
         if self._squares is None:
@@ -196,7 +205,10 @@ class _Sums:
         if self._squares is None:
             raise ValueError("there is no text")
         if self._gram is not None:
-            self._gram /= np.float32(self._count)
+            diagonal = self._gram.diagonal() / np.float32(self._count)
+            belief = self._n_tokens / (self._n_tokens + _DOUBT)
+            self._gram *= np.float32(belief / self._count)
+            np.fill_diagonal(self._gram, diagonal)
             for start in range(0, len(self._gram), _GRAM_COLUMNS):
                 stop = start + _GRAM_COLUMNS
                 self._gram[start:stop, stop:] = self._gram[stop:, start:stop].T
