@@ -7,8 +7,9 @@ Not a test. It takes the better part of an hour and 10 GB of disk:
     make bench-quality ARGS='--text wiki.test.raw --chunks 40 --plot quality.svg'
 
 The checkpoint is the demo's Gemma 3 270M, the reference itself in float32; the embedding has 8
-bits everywhere. Both sides are calibrated on the text that comes with gemma-cli; the text to
-measure with (WikiText-2's test part for the figures in README.md) has to be another. Divergences
+bits everywhere. Both sides are calibrated on the text that comes with gemma-cli and what the model
+draws itself; the text to measure with (WikiText-2's test part for the figures in README.md) has to
+be another. Divergences
 are those of `gemma-cli eval --base` and of `llama-perplexity --kl-divergence`, which score the same
 positions.
 What is made stays in `.bench` (`--folder`), as do llama.cpp's programs; see bench_peers.py.
@@ -29,8 +30,10 @@ import gguf
 from bench_peers import OURS, find_peer, made, note, requantize, run
 
 from gemma_cli import demo
-from gemma_cli.measure import plots
+from gemma_cli.measure import own_text, plots
 from gemma_cli.measure.calibration import default_text
+from gemma_cli.runtime import Model
+from gemma_cli.text.tokenizer import Tokenizer
 from quantize.errors import GemmaError
 from quantize.modelfile import ModelFile
 
@@ -40,7 +43,7 @@ OUR_FILES = {
     "int8": ("--bits", "8"),
     "int4 rtn": ("--method", "rtn"),
     "int4": (),
-    "int4 calibrated": ("--calibrate", "default"),
+    "int4 calibrated": ("--calibrate", "own"),
     "int4 gptq": ("--method", "gptq"),
     "int4 gptq, recipe quality": ("--method", "gptq", "--recipe", "quality"),
 }
@@ -120,8 +123,7 @@ def measure_theirs(folder: Path, peer: Path, text: Path, chunks: int) -> list[Ro
         folder / "reference.gguf",
         lambda path: requantize(peer, source, path, "F32", "--allow-requantize"),
     )
-    calibration = folder / "calibration.txt"
-    calibration.write_text(default_text(), encoding="utf-8")
+    calibration = made(folder / "calibration.txt", write_text)
     # Their matrix is of the source, too: its own blocks hold the same weights, and run faster.
     importance = made(
         folder / "importance.gguf",
@@ -152,6 +154,15 @@ def measure_theirs(folder: Path, peer: Path, text: Path, chunks: int) -> list[Ro
         log = made(file.with_suffix(f".{chunks}.txt"), measure)
         rows.append(Row("llama.cpp", name, their_bits(file), *parse_theirs(log.read_text())))
     return rows
+
+
+def write_text(path: Path) -> None:
+    """The text that `--calibrate own` runs the checkpoint over."""
+    file = ModelFile.open(path.parent / f"{slug('int8')}.safetensors")
+    tokenizer = Tokenizer(file.tokenizer_model)
+    drawn = own_text.draw(Model(file), tokenizer.bos_id)
+    texts = [default_text(), *(tokenizer.decode(ids[1:].tolist()) for ids in drawn)]
+    path.write_text("\n".join(texts), encoding="utf-8", errors="replace")
 
 
 def parse_theirs(text: str) -> tuple[float, float, float]:

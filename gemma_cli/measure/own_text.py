@@ -19,8 +19,10 @@ from gemma_cli.sampling import Sampler, Sampling
 
 N_SEQUENCES = 128
 
-_SAMPLING = Sampling(temperature=1.0, top_k=256, top_p=1.0, seed=0)
-"""As the model has it, but for what is least likely: that is where a small one loses itself."""
+_SAMPLING = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=0)
+"""Whatever the model holds possible. On WikiText Gemma 3 270M, rounded by GPTQ, diverged by 0.0516
+with the text that comes with gemma-cli alone, by 0.0481 with such sequences, too, and by 0.0503
+when each id was one of the 256 likeliest."""
 
 
 def draw(
