@@ -247,7 +247,9 @@ def respond_batch(
             transcript = transcripts[c.index]
             transcript.clock()
             for token in c.ids[len(transcript.answer.ids) :]:
-                c.finish_reason = transcript.push(token) or c.finish_reason
+                if reason := transcript.push(token):
+                    c.finish_reason = reason
+                    break
             if c.finish_reason:
                 transcript.close(c.finish_reason)
                 done[c.index] = transcripts.pop(c.index).answer

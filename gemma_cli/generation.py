@@ -166,20 +166,23 @@ class _Lane:
         *,
         all_there: bool,
     ) -> Continuation:
-        """Draws the next id, or finds the end."""
+        """Draws the next id and those that must follow it, or finds the end."""
         sample = self.continuation.sample
-        token = sample(logits, self.context, all_there=all_there)
-        if token is None:
-            token = _draw_from_all(model, self.cache, sample, self.context)
-        if token in stop_ids:
-            self.continuation.finish_reason = "stop"
-            return self.continuation
-        self.context.append(token)
-        self.continuation.ids.append(token)
-        if sample.ended:
-            self.continuation.finish_reason = "stop"
-        elif len(self.context) == self.end:
-            self.continuation.finish_reason = "length"
+        while self.continuation.finish_reason is None:
+            token = sample(logits, self.context, all_there=all_there)
+            if token is None:
+                token = _draw_from_all(model, self.cache, sample, self.context)
+            if token in stop_ids:
+                self.continuation.finish_reason = "stop"
+                break
+            self.context.append(token)
+            self.continuation.ids.append(token)
+            if sample.ended:
+                self.continuation.finish_reason = "stop"
+            elif len(self.context) == self.end:
+                self.continuation.finish_reason = "length"
+            if not sample.forced or sample.n_top is not None:  # whose logits are wanted
+                break
         return self.continuation
 
 
@@ -202,7 +205,7 @@ def generate_batch(
     Prompts are taken, in a thread of their own, when there is a place for them, so there may be
     endlessly many and one may be long in coming while the others go on.
 
-    Yields a continuation when it begins, when an id has come, and when it ends; once, with its
+    Yields a continuation when it begins, when ids have come, and when it ends; once, with its
     error, for a prompt that the cache cannot hold. It ends too if its `finish_reason` is set. None
     begins before the one AHEAD places before it has ended. An exception of `prompts` is raised when
     the prompts before it are done.
@@ -254,12 +257,14 @@ def generate_batch(
             else:
                 lanes.append(lane)
         if lanes:
-            last, caches = [lane.context[-1] for lane in lanes], [lane.cache for lane in lanes]
+            caches = [lane.cache for lane in lanes]
+            ids = [lane.context[lane.cache.length] for lane in lanes]
             all_there = len(lanes) > 1  # The model computes all of them then.
             n_best = 0 if all_there else sample.n_best
-            rows = model.decode(last, caches, n_best=n_best)
+            rows = model.decode(ids, caches, n_best=n_best)
             for lane, row in zip(lanes, rows, strict=True):
-                yield lane.advance(model, row, stop_ids, all_there=all_there)
+                if lane.cache.length == len(lane.context):
+                    yield lane.advance(model, row, stop_ids, all_there=all_there)
             free += [lane.cache for lane in lanes if lane.continuation.finish_reason]
             lanes = [lane for lane in lanes if not lane.continuation.finish_reason]
     if failure:

@@ -377,6 +377,18 @@ def test_what_is_forced_is_read_at_once() -> None:
     assert len(model.calls) == 4  # the prompt, and 16 ids at a time
 
 
+def test_what_is_forced_to_the_end_is_not_read_in_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Maze, "_ways", lambda self, ids: [2 + len(ids) % 9])
+    model, maze, asked = Markov(1), Maze(1, 40), [[2, 3], [4]]
+    batch = generate_batch(
+        cast(Any, model), cast(Any, Cache()), [], asked, Sampler(Sampling(), cast(Any, maze)),
+        frozenset({1}),
+    )  # fmt: skip
+    done = [c.ids for c in batch if c.finish_reason]
+    assert done == 2 * [list(islice((2 + n % 9 for n in count()), 40))]
+    assert sorted(model.calls) == sorted(asked)
+
+
 def test_logprobs() -> None:
     random = np.random.default_rng(5)
     logits = random.normal(0, 4, 300).astype(np.float32)
