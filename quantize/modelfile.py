@@ -364,6 +364,19 @@ def create(
     _sync_folder(path.parent)
 
 
+def discard(path: Path) -> None:
+    """Removes a model file, and what a killed run left where it was to be written.
+
+    Raises GemmaError if another run writes there.
+    """
+    partial = partial_path(path)
+    if partial.exists():
+        with _claim(partial):
+            partial.unlink()
+    if path.exists():
+        path.unlink()
+
+
 def _claim(partial: Path) -> BinaryIO:
     """A new file, in the place of what a killed run may have left, that no other run replaces.
 

@@ -748,6 +748,11 @@ def test_calibration_by_what_the_checkpoint_writes(
     assert cli("quantize", source, "-o", tmp_path / "new", "--method", "gptq").status == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(contents)
 
+    for left in ("own.draft", "own.draft.partial"):  # by a run that was killed
+        (tmp_path / left).write_bytes(b"left")
+    assert cli("quantize", source, "-o", tmp_path / "own", "--force").status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(contents)
+
 
 @pytest.mark.parametrize(
     ("options", "status", "reason"),

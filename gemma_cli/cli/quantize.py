@@ -147,7 +147,7 @@ def quantize(
 
     gemma-cli quantize ~/gemma-3-1b-it --method gptq --calibrate text.txt --verify
     """
-    from quantize import pipeline
+    from quantize import modelfile, pipeline
     from quantize.checkpoint.adapter import merge_adapter
 
     if method == "gptq":
@@ -183,7 +183,9 @@ def quantize(
         print_plan(checkpoint, pipeline.plan(checkpoint, bits, group_size, recipe), path, json)
         return
     pipeline.check_output(path, checkpoint, force)
-    calibration = calibration_of(checkpoint, calibrate, method, path) if calibrate else None
+    draft = path.with_name(f"{path.name}.draft")
+    modelfile.discard(draft)  # A killed run may have left it.
+    calibration = calibration_of(checkpoint, calibrate, method, draft) if calibrate else None
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     with output.progress_bar("Quantizing", total, in_bytes=True) as progress:
         summary = pipeline.quantize(
@@ -231,8 +233,8 @@ def open_source(source: str) -> "Checkpoint":
     return open_checkpoint(Path(source))
 
 
-def calibration_of(checkpoint: "Checkpoint", text: str, method: str, path: Path) -> "Calibration":
-    """The statistics of a text file, or of a text that is named; `path` is the model file to be."""
+def calibration_of(checkpoint: "Checkpoint", text: str, method: str, draft: Path) -> "Calibration":
+    """The statistics of a text file, or of a text that is named; `draft` as draw_text has it."""
     from gemma_cli.measure import calibration, own_text
     from gemma_cli.text.tokenizer import Tokenizer
 
@@ -247,28 +249,26 @@ def calibration_of(checkpoint: "Checkpoint", text: str, method: str, path: Path)
     if text == OWN_TEXT:
         longer = [*sequences, *sequences[:1] * own_text.N_SEQUENCES]
         calibration.check_room(checkpoint, longer, gram=method == "gptq")
-        sequences += draw_text(checkpoint, tokenizer.bos_id, path)
+        sequences += draw_text(checkpoint, tokenizer.bos_id, draft)
     return calibration.Calibration(checkpoint, sequences, gram=method == "gptq")
 
 
-def draw_text(checkpoint: "Checkpoint", bos_id: int, path: Path) -> "list[NDArray[np.int32]]":
-    """What the checkpoint draws, as a file of 8 bits for as long as it takes."""
+def draw_text(checkpoint: "Checkpoint", bos_id: int, draft: Path) -> "list[NDArray[np.int32]]":
+    """What the checkpoint draws; for as long as it takes it is a model file of 8 bits, `draft`."""
     from gemma_cli.measure import own_text
-    from quantize import pipeline
-    from quantize.modelfile import ModelFile
+    from quantize import modelfile, pipeline
 
-    draft = path.with_name(f"{path.name}.draft")
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     try:
         with output.progress_bar("Quantizing to 8 bits", total, in_bytes=True) as progress:
             pipeline.quantize(
                 checkpoint, draft, bits=8, force=True, progress=lambda p: progress(p.bytes_done)
             )
-        model = loading.load_model(ModelFile.open(draft), None)
+        model = loading.load_model(modelfile.ModelFile.open(draft), None)
         with output.progress_bar("Drawing text", own_text.N_SEQUENCES) as progress:
             return own_text.draw(model, bos_id, progress)
     finally:
-        draft.unlink(missing_ok=True)
+        modelfile.discard(draft)
 
 
 def verification_of(checkpoint: "Checkpoint") -> "Callable[[ModelFile], Verification]":
