@@ -9,9 +9,8 @@ Not a test. It takes the better part of an hour and 10 GB of disk:
 The checkpoint is the demo's Gemma 3 270M, the reference itself in float32; the embedding has 8
 bits everywhere. Both sides are calibrated on the text that comes with gemma-cli and what the model
 draws itself; the text to measure with (WikiText-2's test part for the figures in README.md) has to
-be another. Divergences
-are those of `gemma-cli eval --base` and of `llama-perplexity --kl-divergence`, which score the same
-positions.
+be another. Divergences are those of `gemma-cli eval --base` and of `llama-perplexity
+--kl-divergence`, which score the same positions.
 What is made stays in `.bench` (`--folder`), as do llama.cpp's programs; see bench_peers.py.
 """
 

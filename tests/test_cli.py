@@ -748,10 +748,19 @@ def test_calibration_by_what_the_checkpoint_writes(
     assert cli("quantize", source, "-o", tmp_path / "new", "--method", "gptq").status == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(contents)
 
-    for left in ("own.draft", "own.draft.partial"):  # by a run that was killed
+    for left in ("own.draft.partial", "own.draft.partial.partial"):  # by a run that was killed
         (tmp_path / left).write_bytes(b"left")
     assert cli("quantize", source, "-o", tmp_path / "own", "--force").status == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(contents)
+
+
+def test_a_checkpoint_is_not_taken_for_a_draft(cli: Cli, home: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "a.draft.partial"
+    shutil.copytree(home / "checkpoint", checkpoint)
+    before = sorted(path.name for path in checkpoint.iterdir())
+    result = cli("quantize", checkpoint, "-o", tmp_path / "a")
+    assert (result.status, "would destroy the checkpoint" in result.err) == (1, True)
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
 
 
 @pytest.mark.parametrize(

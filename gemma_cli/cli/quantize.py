@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -93,8 +94,8 @@ def quantize(
             metavar="TEXT|default|own",
             autocompletion=lambda: [DEFAULT_TEXT, OWN_TEXT],
             help="Run the checkpoint over a text file, over a mixed text that comes with gemma-cli "
-            "(default), or over that and as much again and more that the checkpoint writes itself "
-            "(own), to learn which 4-bit weights matter. Default: none; for gptq, own.",
+            "(default), or over that and twice as much that the checkpoint draws itself (own), "
+            "to learn which 4-bit weights matter. Default: none; for gptq, own.",
             show_default=False,
         ),
     ] = None,
@@ -182,8 +183,10 @@ def quantize(
     if dry_run:
         print_plan(checkpoint, pipeline.plan(checkpoint, bits, group_size, recipe), path, json)
         return
+    started = perf_counter()
     pipeline.check_output(path, checkpoint, force)
-    draft = path.with_name(f"{path.name}.draft")
+    draft = path.with_name(f"{path.name}.draft.partial")
+    pipeline.check_output(draft, checkpoint, force=True)
     modelfile.discard(draft)  # A killed run may have left it.
     calibration = calibration_of(checkpoint, calibrate, method, draft) if calibrate else None
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
@@ -200,6 +203,7 @@ def quantize(
             force=force,
             progress=lambda p: progress(p.bytes_done, f"{p.tensors_done}/{p.tensors}"),
         )
+    summary = replace(summary, seconds=perf_counter() - started)  # with the text that was drawn
     if plot and summary.verification:
         from gemma_cli.measure import plots
 
