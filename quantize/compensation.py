@@ -15,8 +15,11 @@ that this rounding gives, the one that leaves least of the error's part in the g
 When a group is rounded so, those before it are taken to make up for whatever it leaves. They cannot
 quite. So each group is rounded once more, in the same way, with all others as they are then
 (coordinate descent, as Behdin et al. 2023 do it input by input, arXiv:2309.01885).
+
+Where H is known in blocks along its diagonal only, each block is a matrix of its own.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +28,16 @@ from numpy.typing import NDArray
 
 from quantize.compilation import FOLDER, cached
 from quantize.grouping import rounded_scales
-from quantize.search import STRETCHES, Levels, grid_of
+from quantize.search import Levels, grid_of
 
 _DAMPING = 0.01
 """Of H's mean diagonal, added to it: inputs that the text hardly used must not be free to take any
 error (GPTQ's value)."""
 
 _COLUMNS = 256  # of the Cholesky factor, found together
+
+_STRETCHES = np.linspace(0.8, 1.2, 12, dtype=np.float32)
+"""As in `search`; with both ends of the codebook they fill vectors."""
 
 
 class Factor(NamedTuple):
@@ -45,7 +51,7 @@ class Factor(NamedTuple):
 
 
 def factorize(gram: NDArray[np.float32], group_size: int) -> Factor:
-    """gram: (n_in, n_in), symmetric."""
+    """gram: (n_in, n_in), symmetric, of all inputs of a matrix or of a block of them."""
     groups = gram.diagonal().reshape(-1, group_size)
     inner = groups.argsort(1, kind="stable") + np.arange(0, len(gram), group_size)[:, None]
     order = inner[groups.sum(1).argsort(kind="stable")].ravel()
@@ -67,14 +73,26 @@ def round_compensated(
     rows: NDArray[np.float32],
     group_size: int,
     levels: Levels,
-    factor: Factor,
+    factors: Sequence[Factor],
     *,
     again: bool = True,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """Rounds to the levels of a codebook; without `again`, each group once.
 
-    rows: (n_rows, n_in) -> codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
+    rows: (n_rows, n_in); factors: of as many blocks of the Gram matrix, each of whole groups ->
+    codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
+    blocks = np.split(rows, len(factors), axis=1)
+    rounded = [
+        _round_block(block, group_size, levels, factor, again)
+        for block, factor in zip(blocks, factors, strict=True)
+    ]
+    return np.hstack([codes for codes, _ in rounded]), np.hstack([scales for _, scales in rounded])
+
+
+def _round_block(
+    rows: NDArray[np.float32], group_size: int, levels: Levels, factor: Factor, again: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     n_rows, n_in = rows.shape
     order, lower = factor
     ordered = rows[:, order]
@@ -120,7 +138,7 @@ def _round_group(
     grid, middles = grid_of(levels)
     steps = tuple(zip(middles, np.diff(grid), strict=True))
     # What lays a weight of 1 on either end of the codebook, or near it.
-    spans = np.outer([grid[0], grid[-1]], STRETCHES).ravel().astype(np.float32)
+    spans = np.outer([grid[0], grid[-1]], _STRETCHES).ravel().astype(np.float32)
     weights = np.ascontiguousarray(weights)
     best = np.empty(len(weights), np.float32)
     _search(weights, carried, own, grid[0], steps, spans, best)

@@ -33,7 +33,7 @@ _PIECE_WEIGHTS = 1 << 18
 
 
 _COMPENSATED_ROWS = 512
-"""Rows that a thread compensates at a time: each time it reads the whole factor."""
+"""Rows that a thread compensates at a time: each time it reads all factors."""
 
 _SAMPLE_WEIGHTS = 1 << 20  # of a matrix, for its codebook
 
@@ -247,13 +247,15 @@ def quantize(
     """Converts a checkpoint to a model file at `output`, which appears when it is complete.
 
     bits: 4, 8, 16 or 32 a weight, as a recipe (recipe.rules_of) distributes them; method: of
-    METHODS, "gptq" with a calibration that has gathered Gram matrices. Where a matrix lies on a
-    4-bit grid already, that is kept whatever the method. `verify` is given the file with all
+    METHODS, "gptq" with a calibration that has gathered whole Gram matrices. Where a matrix lies on
+    a 4-bit grid already, that is kept whatever the method. `verify` is given the file with all
     tensors in place, and what it says was lost is kept there. The same source and options give the
     same bytes, however many threads there are. Raises GemmaError when `output` exists without
     `force`, when it is (beside) the source, when the disk has no room for it, when a weight is not
     finite, or when the source changes meanwhile.
     """
+    if method == "gptq" and calibration is None:
+        raise ValueError("gptq without a calibration")
     started = time.perf_counter()
     planned = plan(source, bits, group_size, recipe)
     norms = norm_sizes(source.config)
@@ -282,7 +284,7 @@ def quantize(
         n_out = p.spec.n_out
         whole = packing.TILE_ROWS * (packing.SLAB_TILES if p.spec.format == "int8_planes" else 1)
         step = max(1, _PIECE_WEIGHTS // p.spec.n_in // whole) * whole
-        if method == "gptq" and p.spec.format == "int4":
+        if calibration and p.spec.format == "int4":
             step = max(step, _COMPENSATED_ROWS)
         return [(start, min(start + step, n_out)) for start in range(0, n_out, step)]
 
@@ -315,20 +317,18 @@ def quantize(
         importance = statistics.mean_squares if statistics else np.ones(spec.n_in, np.float32)
         levels = fitted[p.name].result() if p.name in fitted else codebook(p, importance)
         writer.set_codebook(p.name, levels)
-        if method == "search":
+        if statistics is None:
             return partial(
                 search.round_searched,
                 group_size=spec.group_size,
                 levels=levels,
                 importance=importance,
             )
-        if statistics is None or statistics.gram is None:
-            raise ValueError("gptq without Gram matrices")
         return partial(
             compensation.round_compensated,
             group_size=spec.group_size,
             levels=levels,
-            factor=compensation.factorize(statistics.gram, spec.group_size),
+            factors=[compensation.factorize(gram, spec.group_size) for gram in statistics.gram],
         )
 
     def parts(p: PlannedTensor, tensors_done: int) -> Iterator[NDArray[np.uint8]]:

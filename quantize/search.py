@@ -21,8 +21,8 @@ _LARGEST_LEVEL = 127
 
 # The group's largest weight is laid on either end of the codebook, stretched by these factors: it
 # may be clipped by a little or leave a little room. Finer steps gained nothing measurable.
-STRETCHES = np.linspace(0.8, 1.2, 11, dtype=np.float32)
-_FEW_STRETCHES = STRETCHES[1::2]  # enough to fit a codebook
+_STRETCHES = np.linspace(0.8, 1.2, 11, dtype=np.float32)
+_FEW_STRETCHES = _STRETCHES[1::2]  # enough to fit a codebook
 
 _SAMPLE = 16_384
 """Groups that a codebook is fitted to. With a quarter of them and five rounds, the divergence of
@@ -92,7 +92,7 @@ def search_scales(
     group_size: int,
     levels: Levels,
     importance: NDArray[np.float32],
-    stretches: NDArray[np.float32] = STRETCHES,
+    stretches: NDArray[np.float32] = _STRETCHES,
 ) -> NDArray[np.float16]:
     """The scales (n_rows, n_in / group_size) that lose least; they may be negative.
 
@@ -128,7 +128,7 @@ def round_searched(
     group_size: int,
     levels: Levels,
     importance: NDArray[np.float32],
-    stretches: NDArray[np.float32] = STRETCHES,
+    stretches: NDArray[np.float32] = _STRETCHES,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """Rounds to the levels of a codebook with searched scales.
 

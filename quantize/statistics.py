@@ -9,13 +9,17 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Means over the tokens of a text, each as much as it counts, of the vectors x (n_in,) that a
-    matrix is multiplied by."""
+    """The vectors x (n_in,) that a matrix is multiplied by over a text."""
 
-    mean_squares: NDArray[np.float32]
-    """(n_in,), of each input"""
-    gram: NDArray[np.float32] | None
-    """(n_in, n_in), of x x^T as it is expected of any text; None if not gathered"""
+    gram: NDArray[np.float32]
+    """(n_blocks, size, size), n_blocks * size = n_in: the mean of x x^T over the tokens, each as
+    much as it counts, as it is expected of any text. Inputs of different blocks are taken not to
+    depend on each other."""
+
+    @property
+    def mean_squares(self) -> NDArray[np.float32]:
+        """(n_in,), of each input"""
+        return self.gram.diagonal(axis1=1, axis2=2).ravel()
 
 
 Calibration = Callable[[str], InputStatistics]

@@ -151,7 +151,7 @@ def test_compensation_is_gptq(group_size: int) -> None:
     rows = np.random.default_rng(7).standard_normal((48, n_in)).astype(np.float32)
     importance = np.diag(gram).astype(np.float32)
     factor = factorize(gram.astype(np.float32), group_size)
-    codes, scales = round_compensated(rows, group_size, IQ4_NL_LEVELS, factor, again=False)
+    codes, scales = round_compensated(rows, group_size, IQ4_NL_LEVELS, [factor], again=False)
     order = factor.order
     expected = np.empty_like(codes)
     expected[:, order] = gptq_codes(
@@ -173,7 +173,7 @@ def test_compensation_is_gptq(group_size: int) -> None:
     searched = round_searched(rows, group_size, IQ4_NL_LEVELS, importance)
     once = output_error((codes, scales))
     assert once < 0.8 * output_error(searched)
-    again = output_error(round_compensated(rows, group_size, IQ4_NL_LEVELS, factor))
+    again = output_error(round_compensated(rows, group_size, IQ4_NL_LEVELS, [factor]))
     assert again < 0.98 * once
 
 
@@ -185,7 +185,7 @@ def test_rounding_again_never_loses() -> None:
 
     def errors(again: bool) -> Floats:
         """What each row loses."""
-        codes, scales = round_compensated(rows, 32, IQ4_NL_LEVELS, factor, again=again)
+        codes, scales = round_compensated(rows, 32, IQ4_NL_LEVELS, [factor], again=again)
         error = rows - np.array(IQ4_NL_LEVELS)[codes] * np.repeat(scales.astype(np.float64), 32, 1)
         return np.einsum("ri,ij,rj->r", error, corrected(gram), error)
 
@@ -193,6 +193,21 @@ def test_rounding_again_never_loses() -> None:
     # Sums in float32 are off by some of their last bits.
     assert (twice <= once * (1 + 1e-4)).all()
     assert (twice < once).mean() > 0.9
+
+
+def test_blocks_are_rounded_as_if_alone() -> None:
+    x = correlated_inputs(192)
+    gram = (x.T @ x / len(x)).astype(np.float32)
+    rows = np.random.default_rng(13).standard_normal((8, 192)).astype(np.float32)
+    cuts = [slice(0, 96), slice(96, 192)]
+    factors = [factorize(gram[cut, cut], 32) for cut in cuts]
+    codes, scales = round_compensated(rows, 32, IQ4_NL_LEVELS, factors)
+    alone = [
+        round_compensated(rows[:, cut], 32, IQ4_NL_LEVELS, [factor])
+        for cut, factor in zip(cuts, factors, strict=True)
+    ]
+    assert np.array_equal(codes, np.hstack([block[0] for block in alone]))
+    assert np.array_equal(scales, np.hstack([block[1] for block in alone]))
 
 
 def test_what_matters_most_is_rounded_first_and_groups_stay_whole() -> None:
@@ -237,7 +252,7 @@ def test_scales_are_found_for_the_codes_that_compensation_gives() -> None:
         lost = rows[:, factor.order] - np.array(IQ4_NL_LEVELS)[codes] * steps
         return np.asarray(((lost @ lower) ** 2).sum(1))
 
-    ours = errors(round_compensated(rows, 64, IQ4_NL_LEVELS, factor, again=False)[1])
+    ours = errors(round_compensated(rows, 64, IQ4_NL_LEVELS, [factor], again=False)[1])
     alone = errors(search_scales(rows, 64, IQ4_NL_LEVELS, np.diag(gram).astype(np.float32)))
     assert ours.sum() < 0.97 * alone.sum()
 
@@ -245,7 +260,9 @@ def test_scales_are_found_for_the_codes_that_compensation_gives() -> None:
 def test_inputs_that_never_occurred_are_rounded_all_the_same() -> None:
     rows = np.random.default_rng(8).standard_normal((4, 64)).astype(np.float32)
     nothing = np.zeros((64, 64), np.float32)
-    codes, scales = round_compensated(rows, 32, IQ4_NL_LEVELS, factorize(nothing, 32))
-    alone = round_searched(rows, 32, IQ4_NL_LEVELS, np.zeros(64, np.float32))
+    codes, scales = round_compensated(rows, 32, IQ4_NL_LEVELS, [factorize(nothing, 32)])
+    alone = round_searched(
+        rows, 32, IQ4_NL_LEVELS, np.zeros(64, np.float32), compensation._STRETCHES
+    )
     assert np.array_equal(codes, alone[0])
     assert np.array_equal(scales, alone[1])

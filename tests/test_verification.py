@@ -200,7 +200,7 @@ def test_the_divergence_is_that_from_the_checkpoint(generation: str, tmp_path: P
     assert found.same_top == pytest.approx(expected.same_top, abs=2 / 510)
     assert verify(source, base, text).kl < 1e-3 * found.kl
 
-    calibration = Calibration(source, text, gram=False)
+    calibration = Calibration(source, text, whole=False)
     seen = {name: calibration(name).mean_squares for name in matrix_shapes(config)}
     for name, error in tensor_errors(source, model.file, seen).items():
         assert found.errors[name] == pytest.approx(error, rel=1e-3)
@@ -215,7 +215,7 @@ def test_logits_are_those_of_the_reference(
     ids = np.random.default_rng(2).integers(0, config.vocab_size, 21, dtype=np.int32)
     monkeypatch.setattr(calibration_module, "_HEAD_LOGITS", 5 * config.vocab_size)
     monkeypatch.setattr(calibration_module, "_HEAD_WEIGHTS", 100 * config.hidden_size)
-    calibration = Calibration(source, [ids[:4], ids], gram=False)
+    calibration = Calibration(source, [ids[:4], ids], whole=False)
     calibration("embed")
     found = [row.copy() for row in logits(source, calibration.stream[1])]
     expected = reference.forward(config, reference.read_weights(source), ids)

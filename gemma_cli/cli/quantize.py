@@ -84,8 +84,9 @@ def quantize(
             metavar="|".join(METHODS),
             autocompletion=lambda: list(METHODS),
             help="How 4-bit weights are found: rtn rounds to the nearest step; search fits levels "
-            "and scales to each matrix; gptq also makes later weights atone for earlier ones, "
-            "which takes a calibration and the most time.",
+            "and scales to each matrix. With a calibration weights also make up for each other's "
+            "errors: search those of inputs side by side, gptq those of all, which takes the most "
+            "time.",
         ),
     ] = "search",
     calibrate: Annotated[
@@ -252,9 +253,9 @@ def calibration_of(checkpoint: "Checkpoint", text: str, method: str, draft: Path
         raise GemmaError(f"{text} is empty: give a text to calibrate with.")
     if text == OWN_TEXT:
         longer = [*sequences, *sequences[:1] * own_text.N_SEQUENCES]
-        calibration.check_room(checkpoint, longer, gram=method == "gptq")
+        calibration.check_room(checkpoint, longer, whole=method == "gptq")
         sequences += draw_text(checkpoint, tokenizer.bos_id, draft)
-    return calibration.Calibration(checkpoint, sequences, gram=method == "gptq")
+    return calibration.Calibration(checkpoint, sequences, whole=method == "gptq")
 
 
 def draw_text(checkpoint: "Checkpoint", bos_id: int, draft: Path) -> "list[NDArray[np.int32]]":
@@ -280,7 +281,7 @@ def verification_of(checkpoint: "Checkpoint") -> "Callable[[ModelFile], Verifica
     from gemma_cli.measure import calibration, verification
 
     text = verification.held_out_text(checkpoint)
-    calibration.check_room(checkpoint, text, gram=False)  # now, and not after the conversion
+    calibration.check_room(checkpoint, text, whole=False)  # now, and not after the conversion
 
     def verify(file: "ModelFile") -> "Verification":
         model = loading.load_model(file, None)

@@ -50,7 +50,7 @@ def verify(
 
     Raises GemmaError if the checkpoint's or the model's logits are not finite.
     """
-    calibration, mean_squares = Calibration(checkpoint, text, gram=False), {}
+    calibration, mean_squares = Calibration(checkpoint, text, whole=False), {}
     names = list(matrix_shapes(checkpoint.config))
     for name in names:
         mean_squares[name] = calibration(name).mean_squares
