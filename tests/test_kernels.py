@@ -451,8 +451,15 @@ def run_head(counters, thread, n_threads, matrices, vocab_size, h, n_best, cap, 
     items = matmul.ITEMS * n_threads
     head.prepare(counters, 0, 1, thread, h, scratch)
     head.rank(counters, 1, items, thread, matrices, vocab_size, h, scratch, n_threads)
-    head.find_best(counters, 2, 1, thread, n_best, scratch)
-    head.refine(counters, 3, items, thread, matrices, h, scratch, cap, logits, n_threads)
+    head.choose(counters, 2, 1, thread, n_best, scratch)
+    head.refine_chosen(counters, 3, n_best, thread, matrices, h, scratch, cap, logits)
+    head.refine(counters, 4, items, thread, matrices, n_best, h, scratch, cap, logits, n_threads)
+
+
+@njit
+def run_rank(counters, matrices, vocab_size, h, scratch):
+    head.prepare(counters, 0, 1, 0, h, scratch)
+    head.rank(counters, 1, matmul.ITEMS, 0, matrices, vocab_size, h, scratch, 1)
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -470,7 +477,7 @@ def test_the_largest_logits_are_those_of_the_whole_head(n_best: int, group_size:
     for array in scratch:
         array[:] = -1
     logits = np.full(m.n_columns, np.nan, np.float32)
-    counters = workspace.counters(4)
+    counters = workspace.counters(5)
     on_threads(
         2,
         lambda thread: run_head(
@@ -483,8 +490,9 @@ def test_the_largest_logits_are_those_of_the_whole_head(n_best: int, group_size:
     best = np.argsort(-whole[:vocab_size], kind="stable")[:n_best]
     assert np.isfinite(logits[best]).all()
     # Of 85 tiles of normal logits, with an estimate's error a fourteenth of their spread (a high
-    # nibble's step against int8's largest weight): most tiles cannot hold the largest.
-    assert n_best > 1 or known.mean() < 0.3
+    # nibble's step against int8's largest weight): most tiles cannot hold the largest. One that may
+    # is found before it is known how few others may.
+    assert n_best > 1 or known.mean() < 0.1
 
 
 def test_bounds_hold_for_weights_that_the_high_nibbles_do_not_show() -> None:
@@ -500,8 +508,7 @@ def test_bounds_hold_for_weights_that_the_high_nibbles_do_not_show() -> None:
     for _ in range(3):
         x = rng.standard_normal((1, 256)).astype(np.float32)
         [whole] = multiply([m], x)
-        logits = np.empty_like(whole)
-        run_head(workspace.counters(4), 0, 1, table, 320, Padded(x).inputs, 1, 0.0, scratch, logits)
+        run_rank(workspace.counters(2), table, 320, Padded(x).inputs, scratch)
         largest = whole.reshape(-1, 16).max(-1)
         assert (scratch.lower <= largest).all()
         assert (scratch.upper >= largest).all()

@@ -282,13 +282,25 @@ def forward(
                 scratch.head,
                 n_threads,
             )
-            head.find_best(counters, row + 2, 1, thread, n_best, scratch.head)
-            head.refine(
+            head.choose(counters, row + 2, 1, thread, n_best, scratch.head)
+            head.refine_chosen(
                 counters,
                 row + 3,
+                n_best,
+                thread,
+                embedding,
+                last,
+                scratch.head,
+                s.final_soft_cap,
+                logits[0],
+            )
+            head.refine(
+                counters,
+                row + 4,
                 items,
                 thread,
                 embedding,
+                n_best,
                 last,
                 scratch.head,
                 s.final_soft_cap,

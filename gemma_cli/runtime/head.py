@@ -10,6 +10,10 @@ estimate errs with the variance of 21.25 sum over i of (scale x[i])^2. A token w
 within MARGIN deviations of the largest ones may be one of them: for the tiles with such tokens the
 low plane is read, too, and their logits are those of the whole matrix, bit for bit.
 
+First come as many tiles as there are logits to find, those that promise most. What these hold is a
+bound without an error, and leaves fewer of the others: of Gemma 3 270M's tiles 0.06 instead of 0.4%
+for the largest logit, 3 instead of 8% for the 64 largest.
+
 That is for one position. Several have the whole matrix read: they take so long to multiply that
 the low plane comes meanwhile, and together they would need more of its tiles.
 """
@@ -30,6 +34,7 @@ from gemma_cli.runtime.vector import (
     horizontal_max,
     horizontal_sum,
     load_f16,
+    load_f32,
     load_i8,
     splat,
     sqrt,
@@ -41,6 +46,7 @@ MARGIN = 5.0
 """Deviations of an estimate's error to allow for, up and down: 7 of a difference of two."""
 
 _VARIANCE = 21.25  # of the low nibbles
+_DONE = -math.inf  # A bound that no tile has.
 
 
 @stage
@@ -100,33 +106,53 @@ def rank(item, thread, matrices, vocab_size, h, scratch, n_threads):
 
 
 @stage
-def find_best(item, thread, n_best, scratch):
-    """The n_best largest lower bounds: so many logits at least are no smaller than the least."""
-    best = scratch.best
+def choose(item, thread, n_best, scratch):
+    """The n_best tiles with the largest lower bounds."""
+    best, chosen = scratch.best, scratch.chosen
     for place in range(n_best):
-        best[place] = -math.inf
-    for value in scratch.lower:
+        best[place], chosen[place] = -math.inf, 0
+    for tile, value in enumerate(scratch.lower):
         if value > best[0]:
             place = 0
             while place + 1 < n_best and best[place + 1] < value:
-                best[place] = best[place + 1]
+                best[place], chosen[place] = best[place + 1], chosen[place + 1]
                 place += 1
-            best[place] = value
+            best[place], chosen[place] = value, tile
+
+
+@kernel
+def _refine_tile(matrix, tile, h, cap, logits):
+    """Fills the tile's logits -> the largest, as it is before the soft cap."""
+    out = logits[16 * tile : 16 * tile + 16]
+    multiply_few(matrix, tile, tile + 1, h, address_of(out), 0)
+    largest = horizontal_max(load_f32(address_of(out)))
+    if cap > 0:
+        soft_cap(out, cap)
+    return largest
 
 
 @stage
-def refine(item, thread, matrices, h, scratch, cap, logits, n_threads):
-    """The logits, (16 n_tiles,), of the tiles that may hold one of the largest, else -inf."""
+def refine_chosen(place, thread, matrices, h, scratch, cap, logits):
+    """The logits of a chosen tile, and what the largest is. An item of n_best."""
+    if scratch.best[place] > -math.inf:
+        tile = scratch.chosen[place]
+        scratch.best[place] = _refine_tile(matrices[0], tile, h, cap, logits)
+        scratch.upper[tile] = _DONE
+
+
+@stage
+def refine(item, thread, matrices, n_best, h, scratch, cap, logits, n_threads):
+    """The logits, (16 n_tiles,), of the other tiles that may hold one of the largest, else -inf."""
     matrix = matrices[0]
     n_tiles = matrix[N_TILES]
     nothing = splat(-math.inf)
+    least = math.inf  # So many logits at least are no smaller.
+    for place in range(n_best):
+        least = min(least, scratch.best[place])
     start = first_tile(item, n_tiles, n_threads)
     stop = first_tile(item + 1, n_tiles, n_threads)
     for tile in range(start, stop):
-        out = logits[16 * tile : 16 * tile + 16]
-        if scratch.upper[tile] >= scratch.best[0]:
-            multiply_few(matrix, tile, tile + 1, h, address_of(out), 0)
-            if cap > 0:
-                soft_cap(out, cap)
-        else:
-            store_f32(address_of(out), nothing)
+        if scratch.upper[tile] >= least:
+            _refine_tile(matrix, tile, h, cap, logits)
+        elif scratch.upper[tile] != _DONE:
+            store_f32(address_of(logits[16 * tile : 16 * tile + 16]), nothing)

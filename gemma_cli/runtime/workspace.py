@@ -125,7 +125,8 @@ class HeadScratch(NamedTuple):
     variances: NDArray[np.float32]  # (hidden_size / 32,), of a run with a weight scale of 1
     lower: NDArray[np.float32]  # (n_tiles,), what a tile's largest logit is at least
     upper: NDArray[np.float32]  # (n_tiles,), what it is at most
-    best: NDArray[np.float32]  # (n_tiles,), the n_best largest lower bounds, rising
+    best: NDArray[np.float32]  # (n_tiles,), the n_best largest lower bounds, then what they bound
+    chosen: NDArray[np.int64]  # (n_tiles,), whose they are
 
 
 class Scratch(NamedTuple):
@@ -222,6 +223,7 @@ def allocate_head(hidden_size: int, n_tiles: int) -> HeadScratch:
         np.zeros(n_tiles, np.float32),
         np.zeros(n_tiles, np.float32),
         np.zeros(n_tiles, np.float32),
+        np.zeros(n_tiles, np.int64),
     )
 
 
@@ -231,7 +233,7 @@ STAGES = 10
 
 def n_stages(n_layers: int) -> int:
     """Rows of counters that `forward` needs."""
-    return 1 + STAGES * n_layers + 5
+    return 1 + STAGES * n_layers + 6
 
 
 def counters(n_stages: int) -> NDArray[np.int64]:
