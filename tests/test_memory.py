@@ -4,18 +4,22 @@ import re
 import resource
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import random_weights, tiny, write_hf
 from program import CONTEXT, Cli, load, program
 
+from gemma_cli.runtime.kv_cache import KVCache
 from quantize import memory
 from quantize.errors import GemmaError
 
 GB = 10**9
 V2 = "sys/fs/cgroup/user/app"
 V1 = "sys/fs/cgroup/memory/docker/x"
+STATM = Path("/proc/self/statm")
 
 
 @pytest.fixture
@@ -154,3 +158,27 @@ def test_limits_of_the_address_space(home: Path, megabytes: int) -> None:
         assert (result.returncode, result.stdout) == (1, b"")
         sentence = rb"gemma-cli: (gemma-cli|Running base) takes at least .* of addresses, .*\.\n"
         assert re.fullmatch(sentence, result.stderr)
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="only Linux says how much is in use")
+def test_a_few_tokens_take_little_of_a_long_context() -> None:
+    config = replace(tiny("gemma"), n_layers=8, context_length=1 << 17)
+    few = KVCache(config, 16, "f16", 16)
+    few.length = 5
+    for array in few.state().arrays.values():
+        array[:] = np.random.default_rng(0).standard_normal(array.shape)
+    before = resident()
+    many = KVCache(config, 1 << 16, "f16", 16)  # 32 streams of 4 MB
+    many.restore(few.state())
+    # A page of 4 KB of each stream; in pages of 2 MB it would be 64 MB.
+    assert resident() - before < 8_000_000
+    for name, array in few.state().arrays.items():
+        assert np.array_equal(many.state().arrays[name], array)
+    many.length = 1 << 16
+    for name, array in many.state().arrays.items():
+        taken = few.state().arrays[name].shape[2]
+        assert not array[:, :, taken:].any()
+
+
+def resident() -> int:
+    return int(STATM.read_text().split()[1]) * resource.getpagesize()

@@ -12,8 +12,11 @@ A layer's memory, head by head, so that a head's tokens are one stream:
     scales  (n_kv_heads, capacity) for keys, the same for values; int8 only
 """
 
+import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +33,11 @@ KINDS: dict[str, type[np.generic]] = {"f16": np.float16, "int8": np.int8}
 
 BLOCK = 16
 """Positions of a tile of keys; none lies across the end of a ring."""
+
+
+_LARGE = 1 << 22  # bytes of a NumPy array for which it asks for large pages
+
+_SMALL = 1 << 20  # bytes that a stream begins with, in small pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,30 @@ def count_bytes(config: GemmaConfig, context: int, kind: str, chunk_size: int) -
     return heads * (config.head_dim * KINDS[kind]().itemsize + (4 if kind == "int8" else 0))
 
 
+def _zeros(streams: list[int], n_kv_heads: int, dtype: type[np.generic]) -> NDArray[Any]:
+    """Zeros (2, all) for a layer's streams of so many values, one for each key head.
+
+    NumPy would ask for pages of 2 MB, and a system clears one whole when it is first used: a few
+    tokens, which use a little of every stream, take longer to be stored than to be read. So a
+    stream begins with small pages.
+    """
+    size = dtype().itemsize
+    n_bytes = 2 * size * n_kv_heads * sum(streams)
+    if n_bytes < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros((2, n_kv_heads * sum(streams)), dtype)
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system that has one size of pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        start = 0
+        for stream in 2 * [n for n in streams for _ in range(n_kv_heads)]:
+            stop = start + stream * size
+            large = -(-(start + _SMALL) // mmap.PAGESIZE) * mmap.PAGESIZE
+            if large < stop:
+                memory.madvise(mmap.MADV_HUGEPAGE, large, stop - large)
+            start = stop
+    return np.frombuffer(memory, dtype).reshape(2, -1)
+
+
 class KVCache:
     """Keys and values of `length` tokens, float16 or int8 with one scale for a head and token.
 
@@ -81,8 +113,8 @@ class KVCache:
             "choose a smaller one with -c/--context" + (", or --kv int8" if kind == "f16" else ""),
         )
         heads = sum(self._capacities) * config.n_kv_heads
-        values = heads * config.head_dim
-        self._data = np.zeros((2, values), KINDS[kind])
+        streams = [capacity * config.head_dim for capacity in self._capacities]
+        self._data = _zeros(streams, config.n_kv_heads, KINDS[kind])
         self._scales = np.zeros((2, heads if kind == "int8" else 0), np.float32)
         self.table = self._table()
 
