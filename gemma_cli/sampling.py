@@ -285,33 +285,18 @@ def candidates(
 def largest(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """The ids of the k largest logits, in falling order; of equal ones the lower id comes first.
 
-    The k largest lie in the k blocks with the largest maxima, so only those are searched.
+    What is below the k-th largest of the blocks' maxima is none of them. A block is every
+    n_blocks-th logit: maxima of columns are found fastest.
     """
     n_blocks = len(logits) // BLOCK
-    if k < n_blocks // 2:
-        whole = logits[: n_blocks * BLOCK].reshape(n_blocks, BLOCK)
-        blocks = _upper(whole.max(axis=1), k)
-        ids = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
-        ids = np.concatenate([ids, np.arange(n_blocks * BLOCK, len(logits))])
-    else:
+    least = np.finfo(np.float32).min  # Nearly all may be -inf, and sorting is slow among equals.
+    if k <= n_blocks:
+        maxima = logits[: n_blocks * BLOCK].reshape(BLOCK, n_blocks).max(axis=0)
+        least = max(least, np.partition(maxima, n_blocks - k)[n_blocks - k])
+    ids = np.flatnonzero(logits >= least)
+    if len(ids) < k:
         ids = np.arange(len(logits))
-    ids = ids[_upper(logits[ids], k)]
-    return ids[np.argsort(-logits[ids], kind="stable")]
-
-
-def _upper(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """The places of the k largest values, rising; of equal ones the first."""
-    if k >= len(values):
-        return np.arange(len(values))
-    # Of a model's largest logits only, nearly all the others are -inf: selecting is slow among
-    # equals.
-    finite = np.flatnonzero(values > -np.inf)
-    if k >= len(finite):
-        rest = np.flatnonzero(values == -np.inf)
-        return np.sort(np.concatenate([finite, rest[: k - len(finite)]]))
-    chosen = values[finite]
-    threshold = np.partition(chosen, len(chosen) - k)[len(chosen) - k]
-    above, equal = np.flatnonzero(chosen > threshold), np.flatnonzero(chosen == threshold)
-    kept = np.sort(np.concatenate([above, equal[: k - len(above)]]))
-    places: NDArray[np.int64] = finite[kept]
-    return places
+    elif len(ids) > k:
+        values = logits[ids]
+        ids = ids[values >= np.partition(values, len(ids) - k)[len(ids) - k]]
+    return ids[np.argsort(-logits[ids], kind="stable")[:k]]

@@ -7,7 +7,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def test_a_run_waits_for_threads_of_one_that_was_interrupted(
     expected = model.forward(IDS, model.new_cache(50)).copy()
     seen: list[tuple[str, bool]] = []
     gate, interrupted = threading.Event(), False
-    load, submit = machine_code.load, model._pool.submit
+    load, tasks = machine_code.load, model._tasks
 
     def watched(example: tuple[Any, ...]) -> machine_code.Run:
         run = load(example)
@@ -135,16 +134,17 @@ def test_a_run_waits_for_threads_of_one_that_was_interrupted(
 
         return enter
 
-    def interrupt(*args: Any) -> Future[Any]:
-        nonlocal interrupted
-        submit(*args)
-        interrupted = True
-        raise KeyboardInterrupt
+    class Interrupted:
+        def put(self, task: Any) -> None:
+            nonlocal interrupted
+            tasks[0].put(task)
+            interrupted = True
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(machine_code, "load", watched)
     cache = model.new_cache(50)
     with monkeypatch.context() as patch:
-        patch.setattr(model._pool, "submit", interrupt)
+        patch.setattr(model, "_tasks", [Interrupted(), *tasks[1:]])
         with pytest.raises(KeyboardInterrupt):
             model.forward(IDS, cache)
     held = weakref.ref(cache)
