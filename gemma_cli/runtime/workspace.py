@@ -60,8 +60,9 @@ LINE = 64
 
 # Of attention.
 
-SPAN = 256
-"""Positions of a partial result, a multiple of BLOCK."""
+SPAN = 256 if isa.AMX else 128
+"""Positions of a partial result, a multiple of BLOCK: few enough for two threads to share a short
+context, and many where the matrix units take them all at once."""
 
 ROWS = TOKENS
 """Queries whose sums are held at once: what fits the vector registers."""
