@@ -126,8 +126,8 @@ class HeadScratch(NamedTuple):
     variances: NDArray[np.float32]  # (hidden_size / 32,), of a run with a weight scale of 1
     lower: NDArray[np.float32]  # (n_tiles,), what a tile's largest logit is at least
     upper: NDArray[np.float32]  # (n_tiles,), what it is at most
-    best: NDArray[np.float32]  # (n_tiles,), the n_best largest lower bounds, then what they bound
-    chosen: NDArray[np.int64]  # (n_tiles,), whose they are
+    best: NDArray[np.float32]  # (n_tiles,), n_best: the largest of `lower`, then of logits
+    chosen: NDArray[np.int64]  # (n_tiles,), n_best: the tiles that they are of
 
 
 class Scratch(NamedTuple):
