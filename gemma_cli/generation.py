@@ -158,6 +158,11 @@ class _Lane:
     context: list[int]
     end: int  # of the context
 
+    @property
+    def new(self) -> list[int]:
+        """Ids that are not in the cache yet; there is at least one."""
+        return self.context[self.cache.length :]
+
     def advance(
         self,
         model: Model,
@@ -201,9 +206,10 @@ def generate_batch(
 
     The ids are those that `generate` makes of each prompt alone with `sample.at(index)`; where
     there is AMX, up to roundings (runtime/matmul.py), as the prompt is then read in one piece.
-    `cache` holds `prefix_ids`; each prompt starts from a copy, as far as it begins the same.
-    Prompts are taken, in a thread of their own, when there is a place for them, so there may be
-    endlessly many and one may be long in coming while the others go on.
+    `cache` holds `prefix_ids`; each prompt starts from a copy, as far as it begins the same, and
+    what it has besides is read while others go on. Prompts are taken, in a thread of their own, no
+    more than `batch_size` before there is a place for them, so there may be endlessly many and one
+    may be long in coming while the others go on.
 
     Yields a continuation when it begins, when ids have come, and when it ends; once, with its
     error, for a prompt that the cache cannot hold. It ends too if its `finish_reason` is set. None
@@ -214,12 +220,13 @@ def generate_batch(
 
     if not 1 <= batch_size <= MOST_ROWS:
         raise ValueError(f"the batch size must be between 1 and {MOST_ROWS}")
-    queue: Queue[Sequence[int] | Exception | None] = Queue(maxsize=1)
+    queue: Queue[Sequence[int] | Exception | None] = Queue(maxsize=batch_size)
     # A daemon: if nobody wants the rest, it waits for a place in the queue until the program ends.
     Thread(target=_read, args=(prompts, queue), daemon=True).start()
     lanes: list[_Lane] = []  # oldest first
     free: list[KVCache] = []  # of lanes that have ended: memory that is there already
     begun, reading, failure = 0, True, None
+    room = max(1, model.batch_tokens - batch_size + 1)  # in a run with the others
     while reading or lanes:
         while reading and len(lanes) < batch_size:
             if lanes and begun >= lanes[0].continuation.index + AHEAD:
@@ -247,28 +254,36 @@ def generate_batch(
                 continuation.finish_reason = "length"
                 yield continuation
                 continue
-            lane = _Lane(continuation, own, list(prompt_ids), end)
-            all_there = sample.constraint is not None  # as in `generate`
-            first = 0 if all_there else sample.n_best
-            logits = model.forward(prompt_ids[own.length :], own, n_best=first)
-            yield lane.advance(model, logits, stop_ids, all_there=all_there)
-            if continuation.finish_reason:
-                free.append(own)
-            else:
-                lanes.append(lane)
+            lanes.append(_Lane(continuation, own, list(prompt_ids), end))
+        for lane in lanes:
+            if len(lane.new) > room:
+                model.forward(lane.new[:-1], lane.cache, n_best=1)
         if lanes:
-            caches = [lane.cache for lane in lanes]
-            ids = [lane.context[lane.cache.length] for lane in lanes]
-            all_there = len(lanes) > 1  # The model computes all of them then.
-            n_best = 0 if all_there else sample.n_best
-            rows = model.decode(ids, caches, n_best=n_best)
-            for lane, row in zip(lanes, rows, strict=True):
-                if lane.cache.length == len(lane.context):
-                    yield lane.advance(model, row, stop_ids, all_there=all_there)
+            running = _fitting(lanes, model.batch_tokens)
+            # Of several the model computes all logits; for where a form begins, see `generate`.
+            begins = any(not lane.continuation.ids for lane in running)
+            all_there = len(running) > 1 or (begins and sample.constraint is not None)
+            rows = model.forward_batch(
+                [lane.new for lane in running],
+                [lane.cache for lane in running],
+                n_best=0 if all_there else sample.n_best,
+            )
+            for lane, row in zip(running, rows, strict=True):
+                yield lane.advance(model, row, stop_ids, all_there=all_there)
             free += [lane.cache for lane in lanes if lane.continuation.finish_reason]
             lanes = [lane for lane in lanes if not lane.continuation.finish_reason]
     if failure:
         raise failure
+
+
+def _fitting(lanes: list[_Lane], most: int) -> list[_Lane]:
+    """Those whose new ids fit a run of so many, the oldest first; the others wait."""
+    fitting = []
+    for lane in lanes:
+        if len(lane.new) <= most:
+            fitting.append(lane)
+            most -= len(lane.new)
+    return fitting
 
 
 def _read(prompts: Iterable[Sequence[int]], queue: Queue[Sequence[int] | Exception | None]) -> None:

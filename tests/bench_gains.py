@@ -78,7 +78,7 @@ class Bench:
                 cache.truncate(depth + 1)
             began = perf_counter()
             for _ in range(DECODED):
-                self.model.decode(self.ids(n_sequences), caches, n_best=1)
+                self.model.forward_batch([self.ids(1) for _ in caches], caches, n_best=1)
             return n_sequences * DECODED / (perf_counter() - began)
 
         return measure

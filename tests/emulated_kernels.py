@@ -151,6 +151,8 @@ SCRATCH_ROWS = workspace.ROWS + workspace.ITEM_ROWS
 ATTENTION = np.dtype(
     [
         ("window", np.int64),
+        ("starts", np.int64, 2),
+        ("positions", np.int64, 1),
         ("k", np.float32, (N, N_KV_HEADS, HEAD_DIM)),
         ("v", np.float32, (N, N_KV_HEADS, HEAD_DIM)),
         ("q", np.float32, (N_KV_HEADS, QUERIES, HEAD_DIM)),
@@ -201,10 +203,12 @@ def attend(case, out):
     q = _array(case + _A_IN.q, (N_KV_HEADS, QUERIES, HEAD_DIM), np.float32)
     y = _array(out + _A_OUT.y, (N, N_HEADS * HEAD_DIM), np.float32)
     window = _array(case + _A_IN.window, (1,), np.int64)[0]
-    items = attention.n_row_items(N, _SHAPE, True)
-    attention.attend_rows(
-        counters, 0, items, 0, q, 0, cache, _SHAPE, window, False, True, (scratch,), y
-    )
+    starts = _array(case + _A_IN.starts, (2,), np.int64)
+    positions = _array(case + _A_IN.positions, (1,), np.int64)
+    caches = _array(out + _A_OUT.cache, (1, 1, 5), np.int64)
+    items = attention.n_row_items(starts, _SHAPE, True)
+    run = starts, positions, caches, 0, _SHAPE, window, False, True
+    attention.attend_rows(counters, 0, items, 0, q, *run, (scratch,), y)
 
 
 def attentions() -> tuple[Array, Callable[[Array, Array], None]]:
@@ -212,6 +216,7 @@ def attentions() -> tuple[Array, Callable[[Array, Array], None]]:
     rng = np.random.default_rng(5)
     cases = np.zeros(2, ATTENTION)
     cases["window"] = 0, 40
+    cases["starts"][:, 1] = N
     for name in "kvq":
         cases[name] = rng.standard_normal(cases[name].shape)
 

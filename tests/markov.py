@@ -88,10 +88,17 @@ class Markov:
         self._interrupt()
         return logits
 
-    def decode(
-        self, ids: Sequence[int], caches: Sequence[Cache], *, n_best: int = 0
+    batch_tokens = 20
+
+    def forward_batch(
+        self, runs: Sequence[Sequence[int]], caches: Sequence[Cache], *, n_best: int = 0
     ) -> NDArray[np.float32]:
-        assert len(ids) <= MOST_ROWS
-        self.calls.append(list(ids))
-        pairs = zip(ids, caches, strict=True)
-        return np.stack([self._append(token, cache, n_best) for token, cache in pairs])
+        assert len(runs) <= MOST_ROWS
+        assert sum(map(len, runs)) <= self.batch_tokens
+        self.calls.append([token for ids in runs for token in ids])
+        return np.stack(
+            [
+                [self._append(token, cache, n_best) for token in ids][-1]
+                for ids, cache in zip(runs, caches, strict=True)
+            ]
+        )

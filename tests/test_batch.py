@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from markov import VOCAB_SIZE, Cache, Config, Markov
 
 from gemma_cli.answer import Answer, respond, respond_batch
-from gemma_cli.generation import AHEAD, Continuation, PromptTooLong, generate, generate_batch
+from gemma_cli.generation import (
+    AHEAD,
+    BATCH_SIZE,
+    Continuation,
+    PromptTooLong,
+    generate,
+    generate_batch,
+)
 from gemma_cli.runtime import Model, isa
 from gemma_cli.sampling import Sampler, Sampling
 from quantize.checkpoint import open_checkpoint
@@ -107,6 +114,7 @@ def test_no_more_caches_are_made_than_grow_at_a_time(monkeypatch: pytest.MonkeyP
 
 
 def test_places_are_filled_at_once() -> None:
+    """What a new prompt has of its own is read in one run with the others' next ids."""
     model, lengths = Markov(0), [4, 1, 2, 9, 1, 3, 2]
     n_asked = 0
 
@@ -118,17 +126,31 @@ def test_places_are_filled_at_once() -> None:
         n_asked += 1
 
     sample = Sampler(GREEDY)
+    n_begun = 0
     for c in generate_batch(
         cast(Any, model), cast(Any, Cache()), [], prompts(), sample, frozenset(), batch_size=3
     ):
         if len(c.ids) == lengths[c.index]:
             c.finish_reason = "stop"
-        n_begun = sum(call == [2, 3] for call in model.calls) + (not c.ids)
+        n_begun += not c.ids
         while n_asked < min(n_begun + 2, len(lengths) + 1):
             time.sleep(0.001)  # until the next prompt is there
-    # The first id of each comes out of its prompt.
-    decoded = [len(call) for call in model.calls if call != [2, 3]]
-    assert decoded == [3, 3, 3, 2, 1, 1, 1, 1]
+    # Of 2 ids where a prompt begins, of 1 where it goes on.
+    assert [len(call) for call in model.calls] == [6, 4, 4, 4, 4, 3, 1, 1, 1, 1]
+
+
+def test_a_long_prompt_waits_for_nobody() -> None:
+    """One that does not fit a run with others is read before; of those that do, some may wait."""
+    model = Markov(0)
+    most, sizes = model.batch_tokens, [18, 30, 1, 17, 18]
+    asked = [[2 + i % 5 for i in range(n)] for n in sizes]
+    done = list(together(model, Cache(60), [], asked, GREEDY, batch_size=3, max_tokens=4))
+    for c in done:
+        expected = alone(Markov(0), Cache(60), asked[c.index], GREEDY, 4)
+        assert (c.ids, c.finish_reason) == expected
+    assert sorted(c.index for c in done) == list(range(len(asked)))
+    assert max(map(len, model.calls)) == 29  # what `forward` read alone, without the last id
+    assert all(len(call) <= most for call in model.calls if len(call) != 29)
 
 
 def test_prompts_are_taken_when_they_are_needed() -> None:
@@ -144,7 +166,8 @@ def test_prompts_are_taken_when_they_are_needed() -> None:
             if c.index == AHEAD - 1:
                 break
     assert {c.index for c in islice(batch, 200)} == {0}
-    assert next(taken) <= AHEAD + 2  # one waits in the queue, and one for a place in it
+    # Some wait in the queue, and one for a place in it.
+    assert next(taken) <= AHEAD + BATCH_SIZE + 1
 
 
 def test_a_prompt_that_is_long_in_coming_holds_nothing_up() -> None:

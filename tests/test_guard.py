@@ -105,15 +105,15 @@ def endless_text(home: Path) -> tuple[Any, Any, list[int]]:
     ids = tokenizer.encode("the man met")
 
     class Loop:
-        config = model.config
+        config, batch_tokens = model.config, model.batch_tokens
 
         def forward(self, new: Sequence[int], cache: Any, **_: object) -> Any:
             model.forward(new, cache)
             return self.row(new[-1])
 
-        def decode(self, new: Sequence[int], caches: Any, **_: object) -> Any:
-            model.decode(new, caches)
-            return [self.row(token) for token in new]
+        def forward_batch(self, runs: Sequence[Sequence[int]], caches: Any, **_: object) -> Any:
+            model.forward_batch(runs, caches)
+            return [self.row(new[-1]) for new in runs]
 
         def row(self, token: int) -> Any:
             row = np.zeros(model.config.vocab_size, np.float32)

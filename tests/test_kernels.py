@@ -551,34 +551,31 @@ def store_tokens(k, v, position, table, is_int8):
 
 
 @team.stage
-def merge(t, thread, positions, n_rows, s, window, scratch, out):
-    attention.merge_spans(t, positions, n_rows, s, window, scratch, thread, out[t])
+def merge(t, thread, starts, positions, s, window, scratch, out):
+    attention.merge_spans(t, starts, positions, s, window, scratch, thread, out[t])
 
 
 @njit(nogil=True)
-def run_spans(counters, thread, q, positions, caches, s, window, is_int8, scratch, out):
-    n_tokens, n_rows = len(out), q.shape[1]
-    items = attention.n_span_items(positions, n_tokens // positions.size, s, window)
+def run_spans(counters, thread, q, starts, positions, caches, s, window, is_int8, scratch, out):
+    items = attention.n_span_items(starts, positions, s, window)
     attention.attend_spans(
-        counters, 0, items, thread, q, positions, caches, 0, s, window, is_int8, scratch
+        counters, 0, items, thread, q, starts, positions, caches, 0, s, window, is_int8, scratch
     )
-    merge(counters, 1, n_tokens, thread, positions, n_rows, s, window, scratch, out)
+    merge(counters, 1, len(out), thread, starts, positions, s, window, scratch, out)
 
 
 @njit(nogil=True)
-def run_rows(counters, thread, q, position, cache, s, window, is_int8, scratch, out):
-    items = attention.n_row_items(len(out), s, True)
-    attention.attend_rows(
-        counters, 0, items, thread, q, position, cache, s, window, is_int8, True, (scratch,), out
-    )
+def run_rows(counters, thread, q, starts, positions, caches, s, window, is_int8, scratch, out):
+    items = attention.n_row_items(starts, s, True)
+    run = starts, positions, caches, 0, s, window, is_int8, True
+    attention.attend_rows(counters, 0, items, thread, q, *run, (scratch,), out)
 
 
 @njit(nogil=True)
-def run_rows_amx(counters, thread, q, position, cache, s, window, is_int8, scratch, out):
-    items = attention_amx.n_row_items(len(out), s, False)
-    attention_amx.attend_rows(
-        counters, 0, items, thread, q, position, cache, s, window, is_int8, False, scratch, out
-    )
+def run_rows_amx(counters, thread, q, starts, positions, caches, s, window, is_int8, scratch, out):
+    items = attention_amx.n_row_items(starts, s, False)
+    run = starts, positions, caches, 0, s, window, is_int8, False
+    attention_amx.attend_rows(counters, 0, items, thread, q, *run, scratch, out)
 
 
 class Cache:
@@ -665,13 +662,10 @@ def attend_all(
             part: slice = part,
             start: int = start,
         ) -> None:
-            rest = s, window, cache.is_int8, scratch, out[part]
-            if chunk <= FEW:
-                caches = cache.table[None, None]
-                run_spans(counters, thread, rows, np.array([start]), caches, *rest)
-            else:
-                run = run_rows_amx if amx else run_rows
-                run(counters, thread, rows, start, cache.table, *rest)
+            starts, positions = np.array([0, len(q[part])]), np.array([start])
+            which = starts, positions, cache.table[None, None]
+            run = run_spans if chunk <= FEW else run_rows_amx if amx else run_rows
+            run(counters, thread, rows, *which, s, window, cache.is_int8, scratch, out[part])
 
         on_threads(n_threads, work)
     return out.reshape(q.shape)
@@ -771,32 +765,41 @@ def test_attention_by_amx_is_the_twins(
         np.testing.assert_array_equal(out[:n_many], at_once[:n_many])
 
 
-def test_attention_of_several_sequences() -> None:
-    """A token each, at different depths, as each alone."""
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (6, 1, 9), (3, 40, 1, 17)])
+def test_attention_of_several_sequences(lengths: tuple[int, ...], window: int) -> None:
+    """Tokens at different depths, few and many, as those of each alone."""
     rng = np.random.default_rng(22)
-    n, n_heads, n_kv_heads, head_dim = 3, 6, 2, 32
-    positions = np.array([5, 700, 300])
-    queries = rng.standard_normal((n, n_heads, head_dim)).astype(np.float32)
-    caches = [Cache("f16", 720, n_kv_heads, head_dim) for _ in range(n)]
-    s, alone = shape(n_heads, n_kv_heads, 0.0), []
-    partials = workspace.count_partials(n_heads, n_kv_heads, n, 720)
-    scratch = workspace.allocate_attention(1, head_dim, partials)
-    out = np.empty((n, n_heads * head_dim), np.float32)
-    for t in range(n):
-        k, v = rng.standard_normal((2, positions[t] + 1, n_kv_heads, head_dim)).astype("f4")
-        caches[t].store(k, v, 0)
-        rows, counters = grouped(queries[t : t + 1], n_kv_heads), workspace.counters(2)
-        table = caches[t].table[None, None]
-        position = positions[t : t + 1]
-        run_spans(counters, 0, rows, position, table, s, 0, False, scratch, out[t : t + 1])
-        alone.append(out[t].copy())
-    cache_tables, counters = (
-        np.stack([cache.table[None] for cache in caches]),
-        workspace.counters(2),
-    )
-    rows = grouped(queries, n_kv_heads)
-    run_spans(counters, 0, rows, positions, cache_tables, s, 0, False, scratch, out)
-    np.testing.assert_array_equal(out, alone)
+    n_heads, n_kv_heads, head_dim, context = 6, 2, 32, 720
+    starts, positions = np.cumsum([0, *lengths]), np.array([5, 680, 300, 0])[: len(lengths)]
+    n = starts[-1]
+    queries, k, v = random_heads(rng, context, n_heads, n_kv_heads, head_dim)
+    queries = queries[:n]
+    caches = [Cache("f16", context, n_kv_heads, head_dim) for _ in lengths]
+    for cache, position, length in zip(caches, positions, lengths, strict=True):
+        cache.store(np.roll(k, position, 0)[: position + length], v[: position + length], 0)
+    tables = np.stack([cache.table[None] for cache in caches])
+    s = shape(n_heads, n_kv_heads, 0.0, head_dim)
+    partials = workspace.count_partials(n_heads, n_kv_heads, min(n, FEW), context)
+    scratch: Any = workspace.allocate_attention(1, head_dim, partials)
+    amx = workspace.allocate_amx_attention(1, head_dim)
+
+    def attend(some: slice) -> Float32:
+        """The sequences' outputs, by the kernel that takes so many tokens as all have."""
+        own = starts[some.start : some.stop + 1]
+        tokens, first = slice(own[0], own[-1]), own - own[0]
+        out = np.full((first[-1], n_heads * head_dim), np.nan, np.float32)
+        run, memory = run_spans, scratch
+        if n > FEW:
+            run, memory = (run_rows_amx, (scratch, amx)) if isa.AMX else (run_rows, scratch)
+        which = grouped(queries[tokens], n_kv_heads), first, positions[some], tables[some]
+        run(workspace.counters(2), 0, *which, s, window, False, memory, out)
+        return out
+
+    together = attend(slice(0, len(lengths)))
+    alone = [attend(slice(i, i + 1)) for i in range(len(lengths))]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+    assert np.isfinite(together).all()
 
 
 def test_attention_with_scores_far_apart() -> None:

@@ -60,18 +60,24 @@ def test_logits_after_each_id_are_those_one_by_one(model: Model, kv: str) -> Non
             assert_same(model.forward(part, several), expected[stop - 1], exactly)
 
 
-def test_several_caches_in_lockstep_are_each_alone(model: Model) -> None:
+def test_several_caches_side_by_side_are_each_alone(model: Model) -> None:
+    """With an id each, with few and with many in all, as far as each kernel takes them."""
     prompts = [random_ids(model, n, seed=n) for n in (3, 40, 75, 1)]
-    caches = [model.new_cache(100) for _ in prompts]
-    alone = [model.new_cache(100) for _ in prompts]
+    caches = [model.new_cache(130) for _ in prompts]
+    alone = [model.new_cache(130) for _ in prompts]
     for prompt, *both in zip(prompts, caches, alone, strict=True):
         for cache in both:
             model.forward(prompt, cache)
-    for step in range(5):
-        ids = random_ids(model, len(prompts), seed=step)
-        expected = [model.forward([token], c) for token, c in zip(ids, alone, strict=True)]
-        np.testing.assert_array_equal(model.decode(ids, caches), expected)
-    assert [cache.length for cache in caches] == [cache.length for cache in alone]
+    lengths = [(1, 1, 1, 1), (2, 1, 7, 6), (30, 1, 12, 5), (1, 17, 1, 1), (1, 1, 1, 1)]
+    for seed, some in enumerate(lengths):
+        if sum(some) > model.batch_tokens:
+            continue
+        runs = [random_ids(model, n, seed=seed + n) for n in some]
+        expected = [model.forward(ids, cache) for ids, cache in zip(runs, alone, strict=True)]
+        np.testing.assert_array_equal(model.forward_batch(runs, caches), expected)
+        assert [cache.length for cache in caches] == [cache.length for cache in alone]
+    with pytest.raises(ValueError, match="too many"):
+        model.forward_batch([[1] * model.batch_tokens, [1]], caches[:2])
 
 
 @pytest.mark.parametrize("n_best", [1, 5])

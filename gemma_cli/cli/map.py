@@ -109,6 +109,7 @@ def map_lines(
                 output.note(f"gemma-cli: {where}: {n_cut}.")
             yield ids
 
+    sample = answering.make_sampler(loaded, sampling, grammar, logprobs)
     load_s = perf_counter() - started
     n_failed = n_read = n_made = 0
     answers = respond_batch(
@@ -117,7 +118,7 @@ def map_lines(
         cache,
         prefix_ids,
         prompts(),
-        answering.make_sampler(loaded, sampling, grammar, logprobs),
+        sample,
         stops=stop or [],
         max_tokens=max_tokens,
         batch_size=batch,

@@ -258,53 +258,104 @@ def divide(x, divisor, y):
 
 
 @kernel
-def _spans(positions, n_tokens, window):
-    """The largest number of spans that any sequence's tokens see."""
-    most = 0
-    for s in range(positions.size):
-        first = seen(positions[s], window) // SPAN
-        most = max(most, (positions[s] + n_tokens - 1) // SPAN - first + 1)
-    return most
+def sequence_of(t, starts):
+    """The sequence that token t of a run is one of; starts: as `attend_spans` takes them."""
+    sequence = 0
+    while starts[sequence + 1] <= t:
+        sequence += 1
+    return sequence
 
 
 @kernel
-def n_span_items(positions, n_tokens, s, window):
-    """Items of `attend_spans`."""
+def _blocks_and_spans(sequence, starts, positions, s, window):
+    """How many times ROWS queries of a key head a sequence has, and how many spans they see."""
+    n_tokens, position = starts[sequence + 1] - starts[sequence], positions[sequence]
     blocks = (n_tokens * (s.n_heads // s.n_kv_heads) + ROWS - 1) // ROWS
-    return positions.size * s.n_kv_heads * blocks * _spans(positions, n_tokens, window)
+    spans = (position + n_tokens - 1) // SPAN - seen(position, window) // SPAN + 1
+    return blocks, spans
 
 
 @kernel
-def n_row_items(n_tokens, s, exact):
+def _first_span_item(sequence, starts, positions, s, window):
+    """Items of `attend_spans` of the sequences before this one."""
+    items = 0
+    for before in range(sequence):
+        blocks, spans = _blocks_and_spans(before, starts, positions, s, window)
+        items += s.n_kv_heads * blocks * spans
+    return items
+
+
+@kernel
+def n_span_items(starts, positions, s, window):
+    """Items of `attend_spans`."""
+    return _first_span_item(positions.size, starts, positions, s, window)
+
+
+@kernel
+def _n_items(n_tokens, s, rows):
+    """Items of so many queries of a key head, for the tokens of a sequence."""
+    return s.n_kv_heads * ((n_tokens * (s.n_heads // s.n_kv_heads) + rows - 1) // rows)
+
+
+@kernel
+def n_items_of_all(starts, s, rows):
+    items = 0
+    for sequence in range(starts.size - 1):
+        items += _n_items(starts[sequence + 1] - starts[sequence], s, rows)
+    return items
+
+
+@kernel
+def sequence_item(item, starts, s, rows):
+    """The sequence that an item is of, and which of that one's it is; as n_items_of_all counts."""
+    sequence = 0
+    while True:
+        n_items = _n_items(starts[sequence + 1] - starts[sequence], s, rows)
+        if item < n_items:
+            return sequence, item
+        sequence, item = sequence + 1, item - n_items
+
+
+@kernel
+def rows_of(sequence, starts, s, q, out):
+    """A sequence's queries and outputs."""
+    first, last, group = starts[sequence], starts[sequence + 1], s.n_heads // s.n_kv_heads
+    return q[:, first * group : last * group], out[first:last]
+
+
+@kernel
+def n_row_items(starts, s, exact):
     """Items of `attend_rows`."""
-    n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
-    return s.n_kv_heads * ((n_rows + ITEM_ROWS - 1) // ITEM_ROWS)
+    return n_items_of_all(starts, s, ITEM_ROWS)
 
 
 @stage
-def attend_spans(item, thread, q, positions, caches, layer, s, window, is_int8, scratch):
+def attend_spans(item, thread, q, starts, positions, caches, layer, s, window, is_int8, scratch):
     """Partial results for few tokens, of one sequence or several; `merge_spans` puts them together.
 
     An item is ROWS queries and a span. q: float32 (n_kv_heads, n_rows, head_dim), n_rows those of
-    all sequences, one after the other, with ROWS more to spare; rotated and scaled. positions:
-    int64 (n_sequences,), of their first tokens; each has the same number of tokens. caches: int64
-    (n_sequences, n_layers, N_COLUMNS); the tokens' own keys and values are in them. s: Shape of
-    the model; window: positions that a token sees, itself included; 0 for all.
+    all sequences, one after the other, with ROWS more to spare; rotated and scaled. starts: int64
+    (n_sequences + 1,), the first token of each sequence, and how many there are in all; positions:
+    int64 (n_sequences,), of these first tokens. caches: int64 (n_sequences, n_layers, N_COLUMNS);
+    the tokens' own keys and values are in them. s: Shape of the model; window: positions that a
+    token sees, itself included; 0 for all.
     """
     group = s.n_heads // s.n_kv_heads
-    rows = q.shape[1] // positions.size
-    blocks = (rows + ROWS - 1) // ROWS
-    n_spans = _spans(positions, rows // group, window)
-    span, block = item % n_spans, item // n_spans % blocks
-    head = item // n_spans // blocks % s.n_kv_heads
-    sequence = item // n_spans // blocks // s.n_kv_heads
-    position, first_row = positions[sequence], block * ROWS
+    sequence, own = 0, item
+    blocks, n_spans = _blocks_and_spans(0, starts, positions, s, window)
+    while own >= s.n_kv_heads * blocks * n_spans:
+        own -= s.n_kv_heads * blocks * n_spans
+        sequence += 1
+        blocks, n_spans = _blocks_and_spans(sequence, starts, positions, s, window)
+    span, block, head = own % n_spans, own // n_spans % blocks, own // n_spans // blocks
+    n_tokens, position = starts[sequence + 1] - starts[sequence], positions[sequence]
+    first_row = block * ROWS
     start = (seen(position + first_row // group, window) // SPAN + span) * SPAN
-    if start > position + rows // group - 1:
+    if start > position + n_tokens - 1:
         return
     _attend_span(
-        address_of(q[head, sequence * rows + first_row]),
-        min(ROWS, rows - first_row),
+        address_of(q[head, starts[sequence] * group + first_row]),
+        min(ROWS, n_tokens * group - first_row),
         first_row,
         group,
         position,
@@ -324,19 +375,19 @@ def attend_spans(item, thread, q, positions, caches, layer, s, window, is_int8, 
 
 
 @kernel
-def merge_spans(t, positions, n_rows, s, window, scratch, thread, out):
+def merge_spans(t, starts, positions, s, window, scratch, thread, out):
     """One token's attention from the partial results. out: float32 (n_heads * head_dim,)."""
     group = s.n_heads // s.n_kv_heads
-    rows = n_rows // positions.size
-    blocks = (rows + ROWS - 1) // ROWS
-    n_spans = _spans(positions, rows // group, window)
-    sequence, token = t // (rows // group), t % (rows // group)
-    position = positions[sequence]
+    sequence = sequence_of(t, starts)
+    blocks, n_spans = _blocks_and_spans(sequence, starts, positions, s, window)
+    first_item = _first_span_item(sequence, starts, positions, s, window)
+    token, position = t - starts[sequence], positions[sequence]
+    rows = (starts[sequence + 1] - starts[sequence]) * group
     total = scratch.sums[thread, ROWS]
     for query in range(s.n_heads):
         head, row = query // group, token * group + query % group
         block, r = row // ROWS, row % ROWS
-        item = ((sequence * s.n_kv_heads + head) * blocks + block) * n_spans
+        item = first_item + (head * blocks + block) * n_spans
         start = seen(position + block * ROWS // group, window) // SPAN
         newest = position + (min(block * ROWS + ROWS, rows) - 1) // group
         maximum, divisor = MASKED, np.float32(0)
@@ -396,10 +447,29 @@ def attend_row_item(item, thread, q, position, cache, s, window, is_int8, scratc
 
 
 @stage
-def attend_rows(item, thread, q, position, cache, s, window, is_int8, exact, scratches, out):
-    """Attention of many tokens that follow each other.
+def attend_rows(
+    item,
+    thread,
+    q,
+    starts,
+    positions,
+    caches,
+    layer,
+    s,
+    window,
+    is_int8,
+    exact,
+    scratches,
+    out,
+):
+    """Attention of many tokens, of one sequence or several.
 
-    As attend_spans, for one sequence. exact: whether nothing may be rounded, as is the case here;
-    scratches: Scratch, and what others need; out: float32 (n_tokens, n_heads head_dim).
+    An item is ITEM_ROWS queries; as attend_spans. exact: whether nothing may be rounded, as is the
+    case here; scratches: Scratch, and what others need; out: float32 (n_tokens, n_heads head_dim).
     """
-    attend_row_item(item, thread, q, position, cache, s, window, is_int8, scratches[0], out)
+    sequence, own = sequence_item(item, starts, s, ITEM_ROWS)
+    queries, outputs = rows_of(sequence, starts, s, q, out)
+    position, cache = positions[sequence], caches[sequence, layer]
+    attend_row_item(
+        own, thread, queries, position, cache, s, window, is_int8, scratches[0], outputs
+    )

@@ -8,9 +8,19 @@ A span's keys and values are expanded once for AMX_ROWS queries, which takes as 
 60 of them, and all that is used meanwhile (0.8 MB for heads of 256) stays in the L2 cache.
 """
 
-from gemma_cli.runtime import attention
 from gemma_cli.runtime.amx import configure, lost, mark, multiply_blocks, release
-from gemma_cli.runtime.attention import MASKED, divide, fill, merge, seen, weigh_positions
+from gemma_cli.runtime.attention import (
+    MASKED,
+    attend_row_item,
+    divide,
+    fill,
+    merge,
+    n_items_of_all,
+    rows_of,
+    seen,
+    sequence_item,
+    weigh_positions,
+)
 from gemma_cli.runtime.inputs import block_offset
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import BLOCK as KEY_TILE
@@ -26,7 +36,7 @@ from gemma_cli.runtime.vector import (
     store_bf16_pairs,
     store_f32,
 )
-from gemma_cli.runtime.workspace import AMX_ROWS, BLOCK, SPAN, STEP, TILE
+from gemma_cli.runtime.workspace import AMX_ROWS, BLOCK, ITEM_ROWS, SPAN, STEP, TILE
 
 
 @kernel
@@ -124,12 +134,9 @@ def _rounds(s, exact):
 
 
 @kernel
-def n_row_items(n_tokens, s, exact):
+def n_row_items(starts, s, exact):
     """Items of `attend_rows`."""
-    if not _rounds(s, exact):
-        return attention.n_row_items(n_tokens, s, exact)
-    n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
-    return s.n_kv_heads * ((n_rows + AMX_ROWS - 1) // AMX_ROWS)
+    return n_items_of_all(starts, s, AMX_ROWS if _rounds(s, exact) else ITEM_ROWS)
 
 
 @kernel
@@ -191,11 +198,31 @@ def _attend_item(item, thread, q, position, cache, s, window, is_int8, scratch, 
 
 
 @stage
-def attend_rows(item, thread, q, position, cache, s, window, is_int8, exact, scratches, out):
+def attend_rows(
+    item,
+    thread,
+    q,
+    starts,
+    positions,
+    caches,
+    layer,
+    s,
+    window,
+    is_int8,
+    exact,
+    scratches,
+    out,
+):
     """As attention.attend_rows; scratches: of that, and of this module."""
-    if _rounds(s, exact):
-        _attend_item(item, thread, q, position, cache, s, window, is_int8, scratches[1], out)
+    rounds = _rounds(s, exact)
+    sequence, own = sequence_item(item, starts, s, AMX_ROWS if rounds else ITEM_ROWS)
+    queries, outputs = rows_of(sequence, starts, s, q, out)
+    position, cache = positions[sequence], caches[sequence, layer]
+    if rounds:
+        _attend_item(
+            own, thread, queries, position, cache, s, window, is_int8, scratches[1], outputs
+        )
     else:
-        attention.attend_row_item(
-            item, thread, q, position, cache, s, window, is_int8, scratches[0], out
+        attend_row_item(
+            own, thread, queries, position, cache, s, window, is_int8, scratches[0], outputs
         )

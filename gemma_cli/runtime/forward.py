@@ -45,17 +45,17 @@ GATE_PART = 2048  # outputs of GeGLU that one thread computes at once
 
 
 @kernel
-def _position(t, positions, n_tokens):
-    """A token's position: sequences lie one after the other, with the same number of tokens."""
-    length = n_tokens // positions.size
-    return positions[t // length] + t % length
+def _position(t, starts, positions):
+    """A token's position."""
+    sequence = attention.sequence_of(t, starts)
+    return positions[sequence] + t - starts[sequence]
 
 
 @stage
-def _start_token(t, thread, s, weights, scratch, tokens, positions, h):
+def _start_token(t, thread, s, weights, scratch, tokens, starts, positions, h):
     """The token's embedding, its rotary angles, and the first norm."""
     x = scratch.x[t]
-    position = _position(t, positions, tokens.size)
+    position = _position(t, starts, positions)
     embed(weights.matrices[7 * s.n_layers], tokens[t], np.float32(np.sqrt(x.size)), x)
     for kind in range(2):
         rotary_angles(
@@ -69,13 +69,15 @@ def _start_token(t, thread, s, weights, scratch, tokens, positions, h):
 
 
 @stage
-def _place_head(item, thread, s, qkv, norms, angles, positions, caches, layer, is_int8, queries):
+def _place_head(
+    item, thread, s, qkv, norms, angles, starts, positions, caches, layer, is_int8, queries
+):
     """A query head normalized, rotated, scaled; or a key head, stored with its value.
 
     queries: float32 (n_kv_heads, n_tokens * group, head_dim).
     """
     t, head = item // (s.n_heads + s.n_kv_heads), item % (s.n_heads + s.n_kv_heads)
-    n_tokens, d = qkv.shape[0], s.head_dim
+    d = s.head_dim
     vector, cos, sin = qkv[t, head * d : (head + 1) * d], angles[0, t], angles[1, t]
     if head < s.n_heads:
         if norms[Q_NORM]:
@@ -90,20 +92,18 @@ def _place_head(item, thread, s, qkv, norms, angles, positions, caches, layer, i
             rms_norm(vector, norms[K_NORM], s.rms_norm_eps, vector)
         rotate(vector, cos, sin, np.float32(1))
         start = (head + s.n_kv_heads) * d
-        cache = caches[t // (n_tokens // positions.size), layer]
-        slot = _position(t, positions, n_tokens) % cache[kv_cache.CAPACITY]
+        cache = caches[attention.sequence_of(t, starts), layer]
+        slot = _position(t, starts, positions) % cache[kv_cache.CAPACITY]
         value = qkv[t, start : start + d]
         attention.store_head(vector, value, cache, head - s.n_heads, slot, is_int8)
 
 
 @stage
-def _mix_token(t, thread, s, positions, window, scratch, mixed):
+def _mix_token(t, thread, s, starts, positions, window, scratch, mixed):
     """The token's attention, where it is in parts still, put together and rounded."""
-    n_tokens = mixed.values.shape[0]
-    if n_tokens <= FEW:
-        n_rows = n_tokens * (s.n_heads // s.n_kv_heads)
+    if len(mixed.values) <= FEW:
         attention.merge_spans(
-            t, positions, n_rows, s, window, scratch.attention, thread, mixed.values[t]
+            t, starts, positions, s, window, scratch.attention, thread, mixed.values[t]
         )
     round_inputs(mixed, t, 0, mixed.values.shape[1])
 
@@ -130,8 +130,10 @@ def _gate_part(item, thread, gate_up, h):
 
 
 @stage
-def _round_token(t, thread, h):
-    round_inputs(h, t, 0, h.values.shape[1])
+def _last_norm(row, thread, x, wanted, norm, eps, h):
+    """The final norm of a token whose logits are wanted."""
+    rms_norm(x[wanted[row]], norm, eps, h.values[row])
+    round_inputs(h, row, 0, h.values.shape[1])
 
 
 @stage
@@ -151,31 +153,33 @@ def forward(
     caches,
     is_int8,
     tokens,
+    starts,
     positions,
     n_best,
+    wanted,
     logits,
 ):
-    """Runs tokens and appends them to their caches: many of one sequence, or one each of several.
+    """Runs tokens and appends them to their caches, those of one sequence or several.
 
     Called by n_threads threads with the same arguments but `thread`, 0 to n_threads - 1.
     counters: of the team, for n_stages(n_layers), zeroed; s: Shape; caches: the KVCaches' tables,
     int64 (n_sequences, n_layers, kv_cache.N_COLUMNS), all int8 or all float16; tokens: int32
-    (n_tokens,), at most a chunk, those of each sequence one after the other, as many of each;
-    positions: int64 (n_sequences,), of their first tokens; only one sequence if there are more
-    than FEW tokens. logits: float32 (n_last, 16 x the embedding's tiles), filled for the last
-    n_last tokens; with n_best, which is at most the embedding's tiles, those that cannot be among
-    the n_best largest may be -inf.
+    (n_tokens,), at most a chunk, those of each sequence one after the other; starts: int64
+    (n_sequences + 1,), the first of each sequence's, and n_tokens; positions: int64 (n_sequences,),
+    of these first ones. wanted: int64 (n_wanted,), which tokens' logits are wanted, rising; logits:
+    float32, n_wanted rows or more of 16 x the embedding's tiles; with n_best, which is at most
+    these tiles, those that cannot be among the n_best largest may be -inf.
     """
-    n, n_last, ffn = tokens.size, logits.shape[0], s.intermediate_size
+    n, n_wanted, ffn = tokens.size, wanted.size, s.intermediate_size
     eps, matrices = s.rms_norm_eps, weights.matrices
     y, x, panels = scratch.outputs[:n], scratch.x[:n], scratch.panels
     items = matmul.ITEMS * n_threads
-    h = some_inputs(scratch.h, 0, n, s.hidden_size)
-    mixed = some_inputs(scratch.h, 0, n, s.n_heads * s.head_dim)
-    gated = some_inputs(scratch.h, 0, n, ffn)
+    h = some_inputs(scratch.h, n, s.hidden_size)
+    mixed = some_inputs(scratch.h, n, s.n_heads * s.head_dim)
+    gated = some_inputs(scratch.h, n, ffn)
     queries = scratch.queries[:, : n * (s.n_heads // s.n_kv_heads)]
 
-    _start_token(counters, 0, n, thread, s, weights, scratch, tokens, positions, h)
+    _start_token(counters, 0, n, thread, s, weights, scratch, tokens, starts, positions, h)
     for layer in range(s.n_layers):
         w, norms = matrices[7 * layer : 7 * layer + 7], weights.norms[layer]
         slides, row = weights.slides[layer], 1 + STAGES * layer
@@ -190,6 +194,7 @@ def forward(
             y,
             norms,
             scratch.angles[int(slides)],
+            starts,
             positions,
             caches,
             layer,
@@ -200,9 +205,10 @@ def forward(
             attention.attend_spans(
                 counters,
                 row + 2,
-                attention.n_span_items(positions, n // positions.size, s, window),
+                attention.n_span_items(starts, positions, s, window),
                 thread,
                 queries,
+                starts,
                 positions,
                 caches,
                 layer,
@@ -215,11 +221,13 @@ def forward(
             _many.attend_rows(
                 counters,
                 row + 2,
-                _many.n_row_items(n, s, weights.exact),
+                _many.n_row_items(starts, s, weights.exact),
                 thread,
                 queries,
-                positions[0],
-                caches[0, layer],
+                starts,
+                positions,
+                caches,
+                layer,
                 s,
                 window,
                 is_int8,
@@ -227,7 +235,7 @@ def forward(
                 (scratch.attention, scratch.attention_amx),
                 mixed.values,
             )
-        _mix_token(counters, row + 3, n, thread, s, positions, window, scratch, mixed)
+        _mix_token(counters, row + 3, n, thread, s, starts, positions, window, scratch, mixed)
         matmul.matmul(counters, row + 4, items, thread, w[O : O + 1], mixed, y, panels, n_threads)
         _add_token(
             counters,
@@ -262,14 +270,14 @@ def forward(
             h,
         )
 
-    if n_last:
+    if n_wanted:
         row = 1 + STAGES * s.n_layers
-        embedding = matrices[7 * s.n_layers :]
-        last = some_inputs(scratch.h, n - n_last, n, s.hidden_size)
-        if n_last < n:  # They were rounded as so many tokens are, and not for themselves.
-            _round_token(counters, row, n_last, thread, last)
+        embedding, norm = matrices[7 * s.n_layers :], weights.norms[s.n_layers, ATTN_NORM]
+        last = some_inputs(scratch.h, n_wanted, s.hidden_size)
+        if n_wanted < n:  # Else they are there.
+            _last_norm(counters, row, n_wanted, thread, x, wanted, norm, eps, last)
         row += 1
-        if n_best and n_last == 1 and embedding[0, FORMAT] == PLANES:
+        if n_best and n_wanted == 1 and embedding[0, FORMAT] == PLANES:
             head.prepare(counters, row, 1, thread, last, scratch.head)
             head.rank(
                 counters,
@@ -309,4 +317,4 @@ def forward(
             )
         else:
             matmul.matmul(counters, row, items, thread, embedding, last, logits, panels, n_threads)
-            _cap_token(counters, row + 1, n_last, thread, logits, s.final_soft_cap)
+            _cap_token(counters, row + 1, n_wanted, thread, logits, s.final_soft_cap)

@@ -24,14 +24,14 @@ from gemma_cli.runtime.workspace import BLOCK, CODES, FEW, STEP, TOGETHER, TOKEN
 
 
 @kernel
-def some_inputs(h, first, last, n_in):
-    """The first n_in inputs of some tokens, without their blocks if not of the first on."""
+def some_inputs(h, n_tokens, n_in):
+    """The first n_in inputs of the first tokens."""
     runs = n_in // 32
     return Inputs(
-        h.values[first:last, :n_in],
-        h.codes[first:last, :n_in],
-        h.scales[first:last, :runs],
-        h.offsets[first:last, :runs],
+        h.values[:n_tokens, :n_in],
+        h.codes[:n_tokens, :n_in],
+        h.scales[:n_tokens, :runs],
+        h.offsets[:n_tokens, :runs],
         h.blocks,
     )
 

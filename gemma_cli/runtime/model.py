@@ -32,7 +32,7 @@ LARGEST = 2.0**56
 """Of the activations between layers: a sum of the squares of so many as there are is a float32."""
 
 MOST_ROWS = FEW
-"""Tokens whose logits `forward_each` and `decode` give at once, reading each weight once."""
+"""Logits, each after another token, that `forward_each` and `forward_batch` give at once."""
 
 Ids = Sequence[int] | NDArray[np.int32]
 
@@ -199,22 +199,25 @@ class Model:
 
     def _run(
         self,
-        ids: NDArray[np.int32],
+        runs: Sequence[NDArray[np.int32]],
         caches: Sequence[KVCache],
+        wanted: NDArray[np.int64],
         logits: NDArray[np.float32],
         n_best: int = 0,
     ) -> None:
-        """Appends ids to the caches, as many to each, and fills the logits of the last ones."""
+        """Appends each cache's ids to it; fills a row of logits after each of the wanted ids."""
         if n_best > self._n_tiles:  # A tile's largest logit stands for it.
             n_best = 0
         self._wait_for_others()
         self._counters[:] = 0
+        ids, lengths = np.concatenate(runs), [len(run) for run in runs]
         if len(ids) <= FEW:
             self._reserve_partials(len(ids), caches[0].context)
         cache_tables = np.stack([cache.table for cache in caches])
         positions = np.array([cache.length for cache in caches], np.int64)
+        starts = np.cumsum([0, *lengths], dtype=np.int64)
         is_int8 = caches[0].kind == "int8"
-        new = (cache_tables, is_int8, ids, positions, n_best, logits)
+        new = (cache_tables, is_int8, ids, starts, positions, n_best, wanted, logits)
         run = machine_code.load((0, *self._same, *new))
         parts = np.array(self._parts + machine_code.parts(new), np.int64)
         done = self._done
@@ -229,9 +232,9 @@ class Model:
             tasks.put(partial(work, thread, self, new, caches))
         run(parts.ctypes.data, 0)
         self._n_running = len(self._tasks)
-        self._check(len(ids), caches)
-        for cache in caches:
-            cache.length += len(ids) // len(caches)
+        self._check(lengths, caches)
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.length += length
 
     def _wait_for_others(self) -> None:
         """Threads of the last run have nothing left to do, but may not have said so yet."""
@@ -244,13 +247,14 @@ class Model:
             self._done.get()
         self._n_running = 0
 
-    def _check(self, n_tokens: int, caches: Sequence[KVCache]) -> None:
+    def _check(self, lengths: Sequence[int], caches: Sequence[KVCache]) -> None:
         """Raises GemmaError if the weights or what came of them cannot be relied on."""
         self.file.check_unchanged()
         # What overflowed in any layer stays in the residual stream to the end.
-        if np.abs(self._scratch.x[:n_tokens]).max() < LARGEST:
+        if np.abs(self._scratch.x[: sum(lengths)]).max() < LARGEST:
             return
-        layers = [cache.find_overflow(n_tokens // len(caches)) for cache in caches]
+        pairs = zip(caches, lengths, strict=True)
+        layers = [cache.find_overflow(length) for cache, length in pairs]
         found = [layer for layer in layers if layer is not None]
         where = f"keys and values of layer {min(found)}" if found else "activations"
         remedy = "--kv int8 has more room for them, and " if caches[0].kind == "f16" else ""
@@ -305,11 +309,12 @@ class Model:
         Raises ValueError when ids are empty, unknown or more than the cache holds.
         """
         array = self._checked(ids, cache)
-        nothing = self._logits[:0]
         for start in range(0, len(array), self.chunk_size):
             chunk = array[start : start + self.chunk_size]
             done = start + len(chunk)
-            self._run(chunk, [cache], self._logits if done == len(array) else nothing, n_best)
+            last = np.arange(len(chunk) - 1, len(chunk), dtype=np.int64)
+            wanted = last if done == len(array) else last[:0]
+            self._run([chunk], [cache], wanted, self._logits, n_best)
             if progress:
                 progress(done)
         return self._logits[0, : self.config.vocab_size].copy()
@@ -321,21 +326,33 @@ class Model:
         """
         array = self._checked(ids, cache)
         logits = np.empty((len(array), self._logits.shape[1]), np.float32)
-        self._run(array, [cache], logits, n_best)
+        self._run([array], [cache], np.arange(len(array), dtype=np.int64), logits, n_best)
         return logits[:, : self.config.vocab_size]
 
-    def decode(
-        self, ids: Ids, caches: Sequence[KVCache], *, n_best: int = 0
+    @property
+    def batch_tokens(self) -> int:
+        """Ids that `forward_batch` takes at once.
+
+        Matrix units round inputs in another way than is done for few tokens. With these alone, it
+        makes no difference to an answer what others there are beside it.
+        """
+        return min(FEW, self.chunk_size) if isa.AMX else self.chunk_size
+
+    def forward_batch(
+        self, runs: Sequence[Ids], caches: Sequence[KVCache], *, n_best: int = 0
     ) -> NDArray[np.float32]:
-        """Appends one id to each of up to MOST_ROWS caches -> logits (len(ids), vocab_size).
+        """Appends ids to each of up to MOST_ROWS caches -> logits after the last of each,
+        (len(caches), vocab_size). There are up to `batch_tokens` ids in all.
 
         The same bits as `forward` gives for each alone. The caches are of one kind and context.
         Raises ValueError as forward does.
         """
-        pairs = zip(ids, caches, strict=True)
-        array = np.concatenate([self._checked([token], cache) for token, cache in pairs])
-        logits = np.empty((len(array), self._logits.shape[1]), np.float32)
-        self._run(array, caches, logits, n_best)
+        arrays = [self._checked(ids, cache) for ids, cache in zip(runs, caches, strict=True)]
+        last = np.cumsum([len(array) for array in arrays], dtype=np.int64) - 1
+        if last[-1] >= self.batch_tokens:
+            raise ValueError(f"{last[-1] + 1} ids for several caches are too many")
+        logits = np.empty((len(caches), self._logits.shape[1]), np.float32)
+        self._run(arrays, caches, last, logits, n_best)
         return logits[:, : self.config.vocab_size]
 
     def forward_all(
@@ -351,7 +368,7 @@ class Model:
         logits = np.zeros((size, self._logits.shape[1]), np.float32)
         starts = [*range(0, first, self.chunk_size), *range(first, len(array), size), len(array)]
         for start, stop in pairwise(starts):
-            wanted = logits[: stop - start if start >= first else 0]
-            self._run(array[start:stop], [cache], wanted)
+            wanted = np.arange(stop - start if start >= first else 0, dtype=np.int64)
+            self._run([array[start:stop]], [cache], wanted, logits)
             if len(wanted):
-                yield wanted[:, : self.config.vocab_size]
+                yield logits[: len(wanted), : self.config.vocab_size]
