@@ -37,6 +37,22 @@ def test_a_conversation(home: Path) -> None:
         assert terminal.wait() == 0
 
 
+def test_what_is_typed_during_an_answer(home: Path) -> None:
+    """It is seen at once, below the answer, and is the next prompt's."""
+    without_plain = (argument for argument in endless(home) if argument != "--plain")
+    with Terminal(home, *without_plain) as terminal:
+        terminal.wait_for(r"(?m)^>")
+        terminal.type("the man\r")
+        terminal.wait_for(r"> the man\n\n.{20}")
+        terminal.type("/quik")
+        terminal.wait_for(r"> the man\n\n[\s\S]+\n> /quik\s*$")
+        terminal.type("\x7ft\r")
+        terminal.wait_for(r"\n> /quit /\s*$")
+        terminal.type(CTRL_C)
+        assert terminal.wait() == 0
+        assert len(re.findall("/quit", terminal.text)) == 1
+
+
 def test_history_across_conversations(home: Path, tmp_path: Path) -> None:
     (tmp_path / "models").symlink_to(home / "models")
     (tmp_path / "cache").symlink_to(home / "cache")

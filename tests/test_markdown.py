@@ -83,11 +83,18 @@ def expected(text: str, columns: int) -> list[str]:
     return [*lines, ""]
 
 
-def show(pieces: list[str], columns: int, rows: int) -> tuple[list[str], list[int]]:
-    """What is on a screen and in its scrollback in the end, and how far up each drawing went."""
+def show(
+    pieces: list[str], columns: int, rows: int, below: str = ""
+) -> tuple[list[str], list[int]]:
+    """What is on a screen and in its scrollback in the end, and how far up each drawing went.
+
+    below: what someone types meanwhile.
+    """
     out = io.StringIO()
     screen = MarkdownScreen(out, sizes(columns, rows), console(out))
-    for piece in pieces:
+    for n, piece in enumerate(pieces):
+        if below:
+            screen.show(below[: n + 1])
         screen.write(piece)
     screen.close()
     shown = pyte.HistoryScreen(columns, rows, history=10_000, ratio=0.001)
@@ -101,9 +108,10 @@ def show(pieces: list[str], columns: int, rows: int) -> tuple[list[str], list[in
 
 @pytest.mark.parametrize(("columns", "rows"), [(80, 24), (40, 8), (200, 50), (20, 3)])
 @pytest.mark.parametrize("size", [1, 3, 7, 10_000])
-def test_an_answer_is_on_the_terminal_once(columns: int, rows: int, size: int) -> None:
+@pytest.mark.parametrize("below", ["", "> more than fits a line, \u9762\u767d\u3044 " * 9])
+def test_an_answer_is_on_the_terminal_once(columns: int, rows: int, size: int, below: str) -> None:
     pieces = [TEXT[i : i + size] for i in range(0, len(TEXT), size)]
-    lines, ups = show(pieces, columns, rows)
+    lines, ups = show(pieces, columns, rows, below)
     assert lines == expected(TEXT, min(columns, markdown.WIDEST + 1))
     assert max(ups, default=0) < rows  # no line is drawn again that has left the screen
 
@@ -130,12 +138,39 @@ def test_code_is_printed_for_good_before_it_ends() -> None:
     assert [*above, *below] == ["", *(f"line {n}" for n in range(100)), ""]
 
 
+def test_what_is_typed_stands_below_the_answer() -> None:
+    out = io.StringIO()
+    screen = MarkdownScreen(out, sizes(20, 6), console(out))
+    shown = pyte.Screen(20, 6)
+    stream = pyte.Stream(shown)
+
+    def lines() -> list[str]:
+        stream.feed(out.getvalue().replace("\n", "\r\n"))
+        out.seek(0)
+        out.truncate()
+        return [line.rstrip() for line in shown.display]
+
+    screen.show("> early")
+    assert lines() == [""] * 6  # A bar may stand there.
+    screen.write("One line")
+    assert lines() == ["", "One line", "> early", "", "", ""]
+    screen.show("> ear")
+    assert lines() == ["", "One line", "> ear", "", "", ""]
+    screen.show("> the end of what is long\nshows")
+    assert lines()[2] == "hat is long / shows"
+    screen.write(".\n\nAnother.\n")
+    assert lines()[1:4] == ["One line.", "", "Another."]
+    assert lines()[4] == "hat is long / shows"
+    screen.close()
+    assert lines() == ["", "One line.", "", "Another.", "", ""]
+
+
 class ReflowingTerminal:
     """Wraps its lines anew when its width changes, as most terminals do."""
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self.lines = [""]  # the cursor is at the beginning of the last
+        self.lines = [""]  # the cursor is at the end of the last
 
     def rows(self, line: str) -> int:
         return max(1, -(-len(line) // self.width))
@@ -143,21 +178,24 @@ class ReflowingTerminal:
     def feed(self, data: str) -> None:
         for text in re.findall(r"\x1b\[\d*[A-Za-z]|[^\x1b]+", re.sub(r"\x1b\[[\d;]*m", "", data)):
             if text.endswith("A") and text.startswith("\x1b"):
-                up = int(text[2:-1])
+                up = int(text[2:-1]) - (self.rows(self.lines[-1]) - 1)
                 while up > 0:
                     up -= self.rows(self.lines[-2])
                     del self.lines[-1]
                     self.lines[-1] = ""
                 assert up == 0  # it went to the beginning of a line
             elif not text.startswith("\x1b"):
-                *lines, last = text.replace("\r", "").split("\n")
+                if "\r" in text:  # what is there is drawn anew
+                    self.lines[-1] = ""
+                *lines, last = text.rpartition("\r")[2].split("\n")
                 for line in lines:
                     self.lines[-1] += line
                     self.lines.append("")
                 self.lines[-1] += last
 
 
-def test_resizing() -> None:
+@pytest.mark.parametrize("below", ["", "> " + "typed " * 20])
+def test_resizing(below: str) -> None:
     text = re.sub("[^\x00-\x7f]", "x", TEXT)
     out = io.StringIO()
     terminal = ReflowingTerminal(80)
@@ -166,6 +204,7 @@ def test_resizing() -> None:
     )
     for n, start in enumerate(range(0, len(text), 6)):
         screen.write(text[start : start + 6])
+        screen.show(below[:n])
         terminal.feed(out.getvalue())
         out.seek(0)
         out.truncate()

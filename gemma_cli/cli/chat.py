@@ -1,7 +1,7 @@
 """gemma-cli chat: a conversation."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -124,7 +124,7 @@ def converse(talk: Talk, history: Path | None) -> None:
 
         commands = {name: (c.usage, c.about, c.values) for name, c in COMMANDS.items()}
         prompt = open_prompt(commands, talk.status, history)
-        talk.choose = prompt.choose
+        talk.choose, talk.listen = prompt.choose, prompt.listen
         output.note("/help shows the commands; Ctrl-D leaves.")
         if talk.session.turns:
             talk.show_last()
@@ -138,7 +138,7 @@ def converse(talk: Talk, history: Path | None) -> None:
                 unsent = obey(talk, text)
                 edited = bool(unsent)
             elif text:
-                unsent = send(talk, text, instead=edited)
+                unsent = send(talk, text, instead=edited, forget=prompt.forget)
                 edited = edited and bool(unsent)
             else:
                 unsent, edited = "", False
@@ -146,13 +146,18 @@ def converse(talk: Talk, history: Path | None) -> None:
             output.note(f"Kept as {talk.session.name}: gemma-cli chat --continue goes on with it.")
 
 
-def send(talk: Talk, text: str, *, instead: bool) -> str:
-    """Has a message answered; returns it if it was withdrawn before there was an answer."""
+def send(
+    talk: Talk, text: str, *, instead: bool, forget: Callable[[], None] = terminal.forget_keys
+) -> str:
+    """Has a message answered; returns it if it was withdrawn before there was an answer.
+
+    What was typed meanwhile is not meant for a prompt that holds a text: `forget` drops it.
+    """
     files = [f"{name}:\n{content}" for name, content in talk.files.items()]
     try:
         answer = talk.say(loading.prompt_text(None, *files, text), instead=instead)
     except KeyboardInterrupt:  # while the model was loading
-        terminal.forget_keys()
+        forget()
         return text
     except NotNow:
         return text
@@ -161,7 +166,7 @@ def send(talk: Talk, text: str, *, instead: bool) -> str:
         return text
     if answer.finish_reason == "interrupted" and not answer.ids:
         output.note("Stopped before the answer began: your message is in the prompt again.")
-        terminal.forget_keys()
+        forget()
         return text
     talk.files.clear()
     return ""

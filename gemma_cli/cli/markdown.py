@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from time import perf_counter, sleep
 from typing import TextIO
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, ListItem, Markdown
 from rich.segment import Segment, Segments
@@ -36,6 +38,7 @@ SETTLING = 0.1  # seconds without a change of size
 THEME = Theme({"markdown.code": "bold cyan", "markdown.hr": "dim"})
 
 CLEAR_LINE, CLEAR_BELOW = "\x1b[K", "\x1b[J"  # from the cursor on
+DIM, NORMAL = "\x1b[2m", "\x1b[m"
 CHANGED = "\0"  # no line
 
 
@@ -175,7 +178,8 @@ def _without_blanks(line: list[Segment]) -> list[Segment]:
 class MarkdownScreen:
     """Prints one answer in Markdown as it comes, after a blank line and with one at its end.
 
-    `size` is asked before each drawing. Between two writes nobody else may move the cursor.
+    `size` is asked before each drawing. Between two writes nobody else may move the cursor. Below
+    what is drawn stands what `show` was given, until the answer is whole.
     """
 
     def __init__(
@@ -194,22 +198,44 @@ class MarkdownScreen:
         self._width = 0
         self._seen: os.terminal_size | None = None
         self._due = 0.0  # when to draw next
+        self._below = ""  # what is to stand in the cursor's line
+        self._bottom = ""  # what stands there
+        self._lock = Lock()  # `show` may be called by another thread
 
     def write(self, text: str) -> None:
         """Takes the next piece of the answer; it is shown now or with one of the next."""
-        self._open = Block(self._open.source + clean(text), self._open.joined)
-        began = perf_counter()
-        if began < self._due:
-            return
-        if not self._settled():
-            self._due = began + SETTLING
-            return
-        self._draw()
-        ended = perf_counter()
-        self._due = ended + min(max((ended - began) / SHARE, SHORTEST), LONGEST)
+        with self._lock:
+            self._open = Block(self._open.source + clean(text), self._open.joined)
+            began = perf_counter()
+            if began < self._due:
+                return
+            if not self._settled():
+                self._due = began + SETTLING
+                return
+            self._draw()
+            ended = perf_counter()
+            self._due = ended + min(max((ended - began) / SHARE, SHORTEST), LONGEST)
+
+    def show(self, text: str) -> None:
+        """Shows one line, the end of it if it is long; before an answer begins, not yet."""
+        with self._lock:
+            self._below = clean(text).replace("\n", " / ")
+            if self._width and self._size() == self._seen:
+                self._bottom = self._fitting()
+                self._out.write(f"\r{self._bottom}{CLEAR_BELOW}")
+                self._out.flush()
+
+    def _fitting(self) -> str:
+        """What the screen has room for of the line below."""
+        room = max(0, self._width - 1)
+        text = self._below[max(0, len(self._below) - room) :]
+        while cell_len(text) > room:
+            text = text[1:]
+        return f"{DIM}{text}{NORMAL}" if text else ""
 
     def close(self) -> None:
         """Shows all of the answer."""
+        self.show("")
         if self._open.source:
             while not self._settled():
                 sleep(SETTLING)
@@ -262,10 +288,11 @@ class MarkdownScreen:
         return self._n_fixed - before
 
     def _resize(self, columns: int) -> None:
-        if self._drawn:  # terminals wrap lines that have become too long
-            cells = [Text.from_ansi(line).cell_len for line in self._drawn]
-            n_rows = sum(max(1, -(-n // columns)) for n in cells)
-            self._drawn = [CHANGED] * n_rows
+        # Terminals wrap lines that have become too long; the cursor is in the last row of these.
+        if self._drawn or self._bottom:
+            lines = [*self._drawn, self._bottom]
+            cells = [Text.from_ansi(line).cell_len for line in lines]
+            self._drawn = [CHANGED] * (sum(max(1, -(-n // columns)) for n in cells) - 1)
         self._width = columns
         self._n_fixed = len(self._lines(Block(self._fixed, self._open.joined)))
 
@@ -278,7 +305,8 @@ class MarkdownScreen:
         up = len(self._drawn) - same
         self._drawn = list(lines[n_final:])
         if up or lines[same:]:
-            back = f"\x1b[{up}A\r" if up else ""
+            back = f"\x1b[{up}A" if up else ""
             new = "".join(f"{line}{CLEAR_LINE}\n" for line in lines[same:])
-            self._out.write(f"{back}{new}{CLEAR_BELOW}")
+            self._bottom = self._fitting()
+            self._out.write(f"{back}\r{new}{CLEAR_BELOW}{self._bottom}")
             self._out.flush()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prompt_toolkit import PromptSession
@@ -17,12 +18,14 @@ from prompt_toolkit.completion import Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition, is_searching
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory, ThreadedHistory
-from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.input.typeahead import clear_typeahead, store_typeahead
+from prompt_toolkit.key_binding import KeyBindings, KeyPress
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 from prompt_toolkit.styles import Style
 from prompt_toolkit.utils import is_dumb_terminal
 
-from gemma_cli.cli import output
+from gemma_cli.cli import output, terminal
 from quantize.errors import visible
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyPressEvent
 
 PROMPT, CONTINUATION = "> ", "  "
+LISTENING = 0.03  # seconds between two looks at what is typed while there is no prompt
 QUOTES = '"""'
 
 # What was asked stands out; the status does not.
@@ -120,6 +124,16 @@ class LinePrompt:
     def _typed(self) -> str:
         return ""
 
+    @contextmanager
+    def listen(self, show: Callable[[str], None]) -> Iterator[None]:
+        """What is typed meanwhile is the next prompt's, and shown by `show` where that is of use,
+        in another thread."""
+        yield
+
+    def forget(self) -> None:
+        """Drops what was typed and not asked for yet."""
+        terminal.forget_keys()
+
     def choose(self, choices: Mapping[str, str]) -> str:
         """Asks which it is to be, by its key; the last one, if someone gives up."""
         for key, about in choices.items():
@@ -186,11 +200,48 @@ class ScreenPrompt(LinePrompt):
 
         return self._session.prompt(default=default, pre_run=pre_run)
 
+    @contextmanager
+    def listen(self, show: Callable[[str], None]) -> Iterator[None]:
+        keyboard, ended = self._session.input, Event()
+        keys: list[KeyPress] = []
+
+        def watch() -> None:
+            while not ended.wait(LISTENING):
+                if new := keyboard.read_keys():
+                    keys.extend(new)
+                    show(PROMPT + _typed_text(keys))
+
+        thread = Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            store_typeahead(keyboard, keys)
+
+    def forget(self) -> None:
+        clear_typeahead(self._session.input)
+        super().forget()
+
     def _typed(self) -> str:
         return self._session.default_buffer.text
 
     def _read_choice(self, question: str) -> str:
         return PromptSession[str](question, output=self._session.output).prompt()
+
+
+def _typed_text(keys: Sequence[KeyPress]) -> str:
+    """About what a prompt will make of the keys: it knows more of them."""
+    text = ""
+    for press in keys:
+        if press.key == Keys.Backspace:
+            text = text[:-1]
+        elif press.key in (Keys.Enter, Keys.ControlJ):
+            text += "\n"
+        elif press.key == Keys.BracketedPaste or not isinstance(press.key, Keys):
+            text += press.data
+    return text
 
 
 def _key_bindings() -> KeyBindings:

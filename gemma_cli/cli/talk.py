@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -46,6 +47,8 @@ class Talk:
     form: answering.Form
     choose: Callable[[Mapping[str, str]], str] | None = None
     """Asks someone at the terminal; the keys are what is typed."""
+    listen: Callable[[Callable[[str], None]], AbstractContextManager[None]] | None = None
+    """Has what someone types during an answer shown."""
     answer: Answer | None = None  # the last one
     files: dict[str, str] = field(default_factory=dict)
     _conversation: Conversation | None = None
@@ -230,6 +233,8 @@ class Talk:
 
                 screen = MarkdownScreen(sys.stdout, terminal.size)
                 stack.enter_context(contextlib.closing(screen))
+                if self.listen:
+                    stack.enter_context(self.listen(screen.show))
                 form = replace(form, write=screen.write, newline=False)
             bar = stack.enter_context(answering.reading(conversation.model, conversation.rewind()))
 

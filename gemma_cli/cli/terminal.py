@@ -61,7 +61,7 @@ def interruptible() -> Iterator[Callable[[], None]]:
 
 
 def forget_keys() -> None:
-    """Drops what was typed and not read yet: it was not meant for a prompt that holds a text."""
+    """Drops what was typed and not read yet."""
     if termios and sys.stdin.isatty():
         termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
 
