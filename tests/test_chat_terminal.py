@@ -46,8 +46,8 @@ def test_what_is_typed_during_an_answer(home: Path) -> None:
         terminal.wait_for(r"> the man\n\n.{20}")
         terminal.type("/quik")
         terminal.wait_for(r"> the man\n\n[\s\S]+\n> /quik\s*$")
-        terminal.type("\x7ft\r")
-        terminal.wait_for(r"\n> /quit /\s*$")
+        terminal.type("\x7ft\r\x1b[200~a\tb\rc\x1b[201~")
+        terminal.wait_for(r"\n> /quit / a b / c\s*$")
         terminal.type(CTRL_C)
         assert terminal.wait() == 0
         assert len(re.findall("/quit", terminal.text)) == 1

@@ -156,7 +156,7 @@ def test_what_is_typed_stands_below_the_answer() -> None:
     assert lines() == ["", "One line", "> early", "", "", ""]
     screen.show("> ear")
     assert lines() == ["", "One line", "> ear", "", "", ""]
-    screen.show("> the end of what is long\nshows")
+    screen.show("> the end of what\tis long\nshows")
     assert lines()[2] == "hat is long / shows"
     screen.write(".\n\nAnother.\n")
     assert lines()[1:4] == ["One line.", "", "Another."]

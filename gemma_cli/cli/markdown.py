@@ -219,7 +219,7 @@ class MarkdownScreen:
     def show(self, text: str) -> None:
         """Shows one line, the end of it if it is long; before an answer begins, not yet."""
         with self._lock:
-            self._below = clean(text).replace("\n", " / ")
+            self._below = clean(text).replace("\n", " / ").replace("\t", " ")
             if self._width and self._size() == self._seen:
                 self._bottom = self._fitting()
                 self._out.write(f"\r{self._bottom}{CLEAR_BELOW}")

@@ -239,7 +239,9 @@ def _typed_text(keys: Sequence[KeyPress]) -> str:
             text = text[:-1]
         elif press.key in (Keys.Enter, Keys.ControlJ):
             text += "\n"
-        elif press.key == Keys.BracketedPaste or not isinstance(press.key, Keys):
+        elif press.key == Keys.BracketedPaste:
+            text += press.data.replace("\r\n", "\n").replace("\r", "\n")
+        elif not isinstance(press.key, Keys):
             text += press.data
     return text
 
