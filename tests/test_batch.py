@@ -139,7 +139,7 @@ def test_places_are_filled_at_once() -> None:
     assert [len(call) for call in model.calls] == [6, 4, 4, 4, 4, 3, 1, 1, 1, 1]
 
 
-def test_a_long_prompt_waits_for_nobody() -> None:
+def test_a_long_prompt_is_read_before() -> None:
     """One that does not fit a run with others is read before; of those that do, some may wait."""
     model = Markov(0)
     most, sizes = model.batch_tokens, [18, 30, 1, 17, 18]

@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -47,7 +46,7 @@ class Talk:
     form: answering.Form
     choose: Callable[[Mapping[str, str]], str] | None = None
     """Asks someone at the terminal; the keys are what is typed."""
-    listen: Callable[[Callable[[str], None]], AbstractContextManager[None]] | None = None
+    listen: Callable[[Callable[[str], None]], contextlib.AbstractContextManager[None]] | None = None
     """Has what someone types during an answer shown."""
     answer: Answer | None = None  # the last one
     files: dict[str, str] = field(default_factory=dict)

@@ -291,44 +291,6 @@ def n_span_items(starts, positions, s, window):
     return _first_span_item(positions.size, starts, positions, s, window)
 
 
-@kernel
-def _n_items(n_tokens, s, rows):
-    """Items of so many queries of a key head, for the tokens of a sequence."""
-    return s.n_kv_heads * ((n_tokens * (s.n_heads // s.n_kv_heads) + rows - 1) // rows)
-
-
-@kernel
-def n_items_of_all(starts, s, rows):
-    items = 0
-    for sequence in range(starts.size - 1):
-        items += _n_items(starts[sequence + 1] - starts[sequence], s, rows)
-    return items
-
-
-@kernel
-def sequence_item(item, starts, s, rows):
-    """The sequence that an item is of, and which of that one's it is; as n_items_of_all counts."""
-    sequence = 0
-    while True:
-        n_items = _n_items(starts[sequence + 1] - starts[sequence], s, rows)
-        if item < n_items:
-            return sequence, item
-        sequence, item = sequence + 1, item - n_items
-
-
-@kernel
-def rows_of(sequence, starts, s, q, out):
-    """A sequence's queries and outputs."""
-    first, last, group = starts[sequence], starts[sequence + 1], s.n_heads // s.n_kv_heads
-    return q[:, first * group : last * group], out[first:last]
-
-
-@kernel
-def n_row_items(starts, s, exact):
-    """Items of `attend_rows`."""
-    return n_items_of_all(starts, s, ITEM_ROWS)
-
-
 @stage
 def attend_spans(item, thread, q, starts, positions, caches, layer, s, window, is_int8, scratch):
     """Partial results for few tokens, of one sequence or several; `merge_spans` puts them together.
@@ -405,8 +367,9 @@ def merge_spans(t, starts, positions, s, window, scratch, thread, out):
 
 
 @kernel
-def attend_row_item(item, thread, q, position, cache, s, window, is_int8, scratch, out):
-    """An item of attend_rows, ITEM_ROWS queries of a key head."""
+def attend_row_item(item, thread, q, position, cache, s, window, is_int8, exact, scratches, out):
+    """An item of attend_rows, ITEM_ROWS queries of a key head; nothing is rounded."""
+    scratch = scratches[0]
     group = s.n_heads // s.n_kv_heads
     head, start_row = item % s.n_kv_heads, item // s.n_kv_heads * ITEM_ROWS
     stop_row = min(start_row + ITEM_ROWS, q.shape[1])
@@ -446,30 +409,71 @@ def attend_row_item(item, thread, q, position, cache, s, window, is_int8, scratc
         divide(sums[at], divisors[at], address_of(out[row // group]) + 4 * query * sums.shape[1])
 
 
-@stage
-def attend_rows(
-    item,
-    thread,
-    q,
-    starts,
-    positions,
-    caches,
-    layer,
-    s,
-    window,
-    is_int8,
-    exact,
-    scratches,
-    out,
-):
-    """Attention of many tokens, of one sequence or several.
+def rows_stage(item_rows, attend_item):
+    """n_row_items and attend_rows, which are attention of many tokens, of one sequence or several.
 
-    An item is ITEM_ROWS queries; as attend_spans. exact: whether nothing may be rounded, as is the
-    case here; scratches: Scratch, and what others need; out: float32 (n_tokens, n_heads head_dim).
+    An item is item_rows(s, exact) queries of a key head of a sequence, or fewer: what `attend_item`
+    does, given which of the sequence's items it is, and the sequence's queries, position, cache and
+    outputs.
     """
-    sequence, own = sequence_item(item, starts, s, ITEM_ROWS)
-    queries, outputs = rows_of(sequence, starts, s, q, out)
-    position, cache = positions[sequence], caches[sequence, layer]
-    attend_row_item(
-        own, thread, queries, position, cache, s, window, is_int8, scratches[0], outputs
-    )
+
+    @kernel
+    def n_items_of(sequence, starts, s, exact):
+        n_rows = (starts[sequence + 1] - starts[sequence]) * (s.n_heads // s.n_kv_heads)
+        rows = item_rows(s, exact)
+        return s.n_kv_heads * ((n_rows + rows - 1) // rows)
+
+    @kernel
+    def n_row_items(starts, s, exact):
+        """Items of attend_rows."""
+        items = 0
+        for sequence in range(starts.size - 1):
+            items += n_items_of(sequence, starts, s, exact)
+        return items
+
+    @stage
+    def attend_rows(
+        item,
+        thread,
+        q,
+        starts,
+        positions,
+        caches,
+        layer,
+        s,
+        window,
+        is_int8,
+        exact,
+        scratches,
+        out,
+    ):
+        """As attend_spans. exact: whether nothing may be rounded; scratches: Scratch of `attention`
+        and of `attention_amx`; out: float32 (n_tokens, n_heads head_dim)."""
+        sequence, own = 0, item
+        while own >= n_items_of(sequence, starts, s, exact):
+            own -= n_items_of(sequence, starts, s, exact)
+            sequence += 1
+        first, last, group = starts[sequence], starts[sequence + 1], s.n_heads // s.n_kv_heads
+        attend_item(
+            own,
+            thread,
+            q[:, first * group : last * group],
+            positions[sequence],
+            caches[sequence, layer],
+            s,
+            window,
+            is_int8,
+            exact,
+            scratches,
+            out[first:last],
+        )
+
+    return n_row_items, attend_rows
+
+
+@kernel
+def _item_rows(s, exact):
+    return ITEM_ROWS
+
+
+n_row_items, attend_rows = rows_stage(_item_rows, attend_row_item)

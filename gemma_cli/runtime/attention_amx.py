@@ -15,17 +15,14 @@ from gemma_cli.runtime.attention import (
     divide,
     fill,
     merge,
-    n_items_of_all,
-    rows_of,
+    rows_stage,
     seen,
-    sequence_item,
     weigh_positions,
 )
 from gemma_cli.runtime.inputs import block_offset
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import BLOCK as KEY_TILE
 from gemma_cli.runtime.kv_cache import CAPACITY, KEY_SCALES, KEYS, VALUES
-from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     address_of,
     load_f16,
@@ -134,14 +131,13 @@ def _rounds(s, exact):
 
 
 @kernel
-def n_row_items(starts, s, exact):
-    """Items of `attend_rows`."""
-    return n_items_of_all(starts, s, AMX_ROWS if _rounds(s, exact) else ITEM_ROWS)
+def _item_rows(s, exact):
+    return AMX_ROWS if _rounds(s, exact) else ITEM_ROWS
 
 
 @kernel
 def _attend_item(item, thread, q, position, cache, s, window, is_int8, scratch, out):
-    """An item of attend_rows, AMX_ROWS queries of a key head."""
+    """AMX_ROWS queries of a key head."""
     group, head_dim = s.n_heads // s.n_kv_heads, s.head_dim
     head, block = item % s.n_kv_heads, item // s.n_kv_heads
     # The last queries see most, and come first: so threads end together.
@@ -197,32 +193,13 @@ def _attend_item(item, thread, q, position, cache, s, window, is_int8, scratch, 
         divide(total[r], divisors[1, r], target)
 
 
-@stage
-def attend_rows(
-    item,
-    thread,
-    q,
-    starts,
-    positions,
-    caches,
-    layer,
-    s,
-    window,
-    is_int8,
-    exact,
-    scratches,
-    out,
-):
-    """As attention.attend_rows; scratches: of that, and of this module."""
-    rounds = _rounds(s, exact)
-    sequence, own = sequence_item(item, starts, s, AMX_ROWS if rounds else ITEM_ROWS)
-    queries, outputs = rows_of(sequence, starts, s, q, out)
-    position, cache = positions[sequence], caches[sequence, layer]
-    if rounds:
-        _attend_item(
-            own, thread, queries, position, cache, s, window, is_int8, scratches[1], outputs
-        )
+@kernel
+def _attend(item, thread, q, position, cache, s, window, is_int8, exact, scratches, out):
+    """An item of attend_rows."""
+    if _rounds(s, exact):
+        _attend_item(item, thread, q, position, cache, s, window, is_int8, scratches[1], out)
     else:
-        attend_row_item(
-            own, thread, queries, position, cache, s, window, is_int8, scratches[0], outputs
-        )
+        attend_row_item(item, thread, q, position, cache, s, window, is_int8, exact, scratches, out)
+
+
+n_row_items, attend_rows = rows_stage(_item_rows, _attend)

@@ -193,9 +193,8 @@ def allocate_attention(n_threads: int, head_dim: int, n_partials: int) -> Attent
 
 def count_partials(n_heads: int, n_kv_heads: int, n_tokens: int, context: int) -> int:
     """Partial results of n_tokens, of whatever sequences, that see a whole context."""
-    blocks = n_tokens * -(
-        -n_heads // n_kv_heads // ROWS
-    )  # Each token may be a sequence's only one.
+    group = n_heads // n_kv_heads
+    blocks = n_tokens * -(-group // ROWS)  # Each token may be a sequence's only one.
     return n_kv_heads * blocks * (-(-context // SPAN) + 1)
 
 
