@@ -49,8 +49,8 @@ def quantize_row(x, codes, scales, offsets):
         largest = max(horizontal_max(absolute(first)), horizontal_max(absolute(second)))
         scales[g] = largest / 127
         inverse = splat(127 / largest if largest > 1e-30 else 0.0)
-        total = store_i8(target + 32 * g, 1, 2, first * inverse)
-        total += store_i8(target + 32 * g + 16, 1, 2, second * inverse)
+        total = store_i8(target + 32 * g, 1, first * inverse)
+        total += store_i8(target + 32 * g + 16, 1, second * inverse)
         offsets[g] = -128 * total
 
 
