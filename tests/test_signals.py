@@ -178,8 +178,9 @@ def test_what_is_stopped_goes_on(home: Path, tmp_path: Path) -> None:
     assert process.stdout
     lines = [process.stdout.readline()]
     stop_and_go_on(process)
-    lines += process.communicate(timeout=60)[0].splitlines(keepends=True)
-    assert process.returncode == 0
+    # Not `communicate`, which would miss the lines that were read along with the first.
+    lines += process.stdout.readlines()
+    assert process.wait(timeout=60) == 0
     assert [json.loads(line)["token"] for line in lines[:-1]] == [
         json.loads(line)["token"] for line in undisturbed[:-1]
     ]
