@@ -18,9 +18,8 @@ from typing import Any
 import llvmlite.binding as llvm
 import lowered
 import numpy as np
-import twins
 from llvmlite import ir
-from lowered import TOKENS, Emit, call, store
+from lowered import Emit, call, store
 from numpy.typing import NDArray
 
 COMPILER = "aarch64-linux-gnu-gcc"
@@ -29,12 +28,7 @@ EMULATOR = "qemu-aarch64"
 Array = NDArray[Any]
 
 _I64 = ir.IntType(64)
-_POSITIONS = 64
-
-_SCORE = np.dtype(
-    [("keys", np.float16, (_POSITIONS, 16)), ("queries", np.float32, (TOKENS, _POSITIONS))]
-)
-_ROUNDED = np.dtype([("codes", np.int8, 16), ("sum", np.int32)])
+_ROUNDED = np.dtype([("codes", np.int8, 32), ("sum", np.int32)])
 
 
 @dataclass(frozen=True)
@@ -60,64 +54,74 @@ def float_blocks() -> dict[str, Block]:
     def load_f16(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
         store(b, out, 0, call(b, vector.load_f16, case))
 
-    def store_f16(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
-        call(b, vector.store_f16, out, _I64(2), call(b, vector.load_f32, case))
-
-    def store_i8(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
-        total = call(b, vector.store_i8, out, _I64(1), call(b, vector.load_f32, case))
+    def round_run(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
+        vectors = (call(b, vector.load_f32, b.add(case, _I64(64 * half))) for half in range(2))
+        total = call(b, vector.round_run, out, *vectors)
         store(b, out, _ROUNDED.fields["sum"][1], total)
+
+    def store_rounded(store_lanes: Any, size: int) -> Emit:
+        return lambda b, case, out: call(
+            b, store_lanes, out, _I64(size), _I64(2 * size), call(b, vector.load_f32, case)
+        )
 
     def unary(intrinsic: Any) -> Emit:
         return lambda b, case, out: store(
             b, out, 0, call(b, intrinsic, call(b, vector.load_f32, case))
         )
 
-    def score(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
-        """As attention does it: keys, 16 positions at once, by the queries of TOKENS tokens."""
-        acc = call(b, vector.zeros, TOKENS)
-        queries = b.add(case, _I64(_SCORE.fields["queries"][1]))
-        for i in range(_POSITIONS):
-            keys = call(b, vector.load_f16, b.add(case, _I64(32 * i)))
-            query = b.add(queries, _I64(4 * i))
-            acc = call(b, vector.add_outer, acc, keys, query, _I64(4 * _POSITIONS))
-        for t in range(TOKENS):
-            store(b, out, 64 * t, b.extract_value(acc, t))
+    def load_pairs(load: Any) -> Emit:
+        """Both halves of the pairs, as floats."""
 
-    float32, float16 = (np.dtype((lane, 16)) for lane in (np.float32, np.float16))
+        def emit(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
+            pairs = call(b, load, case)
+            for half, of in enumerate((vector.first_of_pairs, vector.second_of_pairs)):
+                store(b, out, 64 * half, call(b, of, pairs))
+
+        return emit
+
+    float32, int8, int16 = (np.dtype((lane, 16)) for lane in (np.float32, np.int8, np.int16))
+    bytes_, words = between_integers(127), between_integers(32767)
+    halves = np.dtype((np.float32, (2, 16)))
     rng = np.random.default_rng(2)
     positive = np.abs(rng.standard_normal(1600)) * 10.0 ** rng.integers(-38, 38, 1600)
     return {
         "load_f16": Block(load_f16, rows(every_half()), float32, check_load_f16),
-        "store_f16": Block(store_f16, rows(between_halves()), float16, check_store_f16),
-        "store_i8": Block(store_i8, rows(between_integers()), _ROUNDED, check_store_i8),
+        "load_i16_pairs": Block(
+            load_pairs(vector.load_i16_pairs), rows(every_word(), 32), halves, check_pairs
+        ),
+        "load_i8_pairs": Block(
+            load_pairs(vector.load_i8_pairs), rows(every_byte(), 32), halves, check_pairs
+        ),
+        "round_run": Block(round_run, rows(bytes_, 32), _ROUNDED, check_round_run),
+        "store_i8": Block(store_rounded(vector.store_i8, 1), rows(bytes_), int8, check_rounded),
+        "store_i16": Block(store_rounded(vector.store_i16, 2), rows(words), int16, check_rounded),
         "sqrt": Block(unary(vector.sqrt), rows(positive.astype(np.float32)), float32, check_sqrt),
         "exp": Block(unary(vector.exp), rows(exponents()), float32, check_exp),
-        "score": Block(score, scores(rng), np.dtype((np.float32, (TOKENS, 16))), check_score),
     }
 
 
-def rows(values: Array) -> Array:
-    """Values in rows of 16, the last of them as often as it takes."""
-    return np.pad(values, (0, -len(values) % 16), mode="edge").reshape(-1, 16)
+def rows(values: Array, width: int = 16) -> Array:
+    """Values in rows of that width, the last of them as often as it takes."""
+    return np.pad(values, (0, -len(values) % width), mode="edge").reshape(-1, width)
 
 
 def every_half() -> Array:
     return np.arange(2**16).astype(np.uint16).view(np.float16)
 
 
-def between_halves() -> Array:
-    """Every float16 as float32, what lies halfway to the next one, and just beside that."""
-    halves = np.arange(0x7BFF).astype(np.uint16).view(np.float16).astype(np.float32)
-    middle = (halves[:-1] + halves[1:]) / 2
-    beside = [np.nextafter(middle, np.float32(limit)) for limit in (-np.inf, np.inf)]
-    values = np.concatenate([halves, middle, *beside])
-    return np.concatenate([values, -values])
+def every_word() -> Array:
+    return np.arange(2**16).astype(np.uint16).view(np.int16)
 
 
-def between_integers() -> Array:
-    middle = np.arange(-127, 127).astype(np.float32) + np.float32(0.5)
+def every_byte() -> Array:
+    return np.arange(2**8).astype(np.uint8).view(np.int8)
+
+
+def between_integers(largest: int) -> Array:
+    """Every midpoint of two integers, what is just beside it, and the integers."""
+    middle = np.arange(-largest, largest).astype(np.float32) + np.float32(0.5)
     beside = [np.nextafter(middle, np.float32(limit)) for limit in (-np.inf, np.inf)]
-    integers = np.arange(-127, 128).astype(np.float32)
+    integers = np.arange(-largest, largest + 1).astype(np.float32)
     values = np.concatenate([middle, *beside, integers, integers * np.float32(1e-3)])
     return np.random.default_rng(3).permutation(values)
 
@@ -128,23 +132,20 @@ def exponents() -> Array:
     return np.concatenate([near, np.linspace(-90, 90, 5001), edges]).astype(np.float32)
 
 
-def scores(rng: np.random.Generator) -> Array:
-    cases = np.zeros(8, _SCORE)
-    for name in ("keys", "queries"):
-        cases[name] = rng.standard_normal(cases[name].shape)
-    return cases
-
-
 def check_load_f16(cases: Array, out: Array) -> None:
     with np.errstate(invalid="ignore"):  # Some of the NaNs signal.
         np.testing.assert_array_equal(out, cases.astype(np.float32))
 
 
-def check_store_f16(cases: Array, out: Array) -> None:
-    np.testing.assert_array_equal(out.view(np.uint16), cases.astype(np.float16).view(np.uint16))
+def check_pairs(cases: Array, out: Array) -> None:
+    np.testing.assert_array_equal(out, cases.reshape(-1, 16, 2).transpose(0, 2, 1))
 
 
-def check_store_i8(cases: Array, out: Array) -> None:
+def check_rounded(cases: Array, out: Array) -> None:
+    np.testing.assert_array_equal(out, np.rint(cases))
+
+
+def check_round_run(cases: Array, out: Array) -> None:
     np.testing.assert_array_equal(out["codes"], np.rint(cases))
     np.testing.assert_array_equal(out["sum"], np.rint(cases).sum(-1))
 
@@ -159,13 +160,6 @@ def check_exp(cases: Array, out: Array) -> None:
     shown = cases >= -87
     exact = np.exp(np.minimum(cases[shown].astype(np.float64), 88))
     np.testing.assert_allclose(out[shown], exact, rtol=2e-7)
-
-
-def check_score(cases: Array, out: Array) -> None:
-    """Within one rounding for every position."""
-    keys, queries = (cases[name].astype(np.float64) for name in ("keys", "queries"))
-    bound = _POSITIONS * twins.EPSILON * (np.abs(queries) @ np.abs(keys))
-    assert (np.abs(out - queries @ keys) <= bound).all()
 
 
 def kernel_blocks() -> tuple[dict[str, Block], list[llvm.ModuleRef]]:

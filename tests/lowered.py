@@ -44,12 +44,16 @@ TOKENS = 4
 CASES = 20
 CODEBOOK = (-128, -100, -77, -60, -43, -31, -20, -9, 0, 12, 24, 37, 53, 69, 90, 127)
 
+_PAIRS = 8
+
 CASE = np.dtype(
     [
         ("w", np.uint8, 512),  # 16 rows' codes of 32 inputs; of planes the high nibbles, the low
         ("levels", np.uint8, 16),
         ("x", np.int8, (8, TOKENS, 4)),
         ("offsets", np.int32, TOKENS),
+        ("pairs", np.int16, (_PAIRS, 16, 2)),  # of 16 rows
+        ("factors", np.int16, (TOKENS, _PAIRS, 2)),
     ]
 )
 """What a product reads."""
@@ -105,8 +109,11 @@ def call(b: ir.IRBuilder, intrinsic: Any, *args: ir.Value | int) -> ir.Value:
         if isinstance(value, int):
             return types.literal(value)
         if isinstance(value.type, ir.ArrayType):
-            return types.UniTuple(vector.F32X16, value.type.count)
-        return vector.F32X16 if isinstance(value.type, ir.VectorType) else types.int64
+            return types.UniTuple(vector_type(value.type.element), value.type.count)
+        return vector_type(value.type) if isinstance(value.type, ir.VectorType) else types.int64
+
+    def vector_type(ir_type: ir.Type) -> Any:
+        return vector.F32X16 if ir_type == vector.F32X16.ir_type else vector.I32X16
 
     signature, codegen = intrinsic._defn(None, *map(numba_type, args))
     values = [_I64(value) if isinstance(value, int) else value for value in args]
@@ -140,12 +147,23 @@ def integer_functions() -> dict[str, Emit]:
     def expand(intrinsic: Any, *weights: str) -> Emit:
         return lambda b, case, out: call(b, intrinsic, *read(b, case, weights), out)
 
+    def dots_pairs(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
+        """As attention does it: keys of 16 positions by the queries of TOKENS tokens."""
+        acc = call(b, vector.integer_zeros, TOKENS)
+        pairs, factors = read(b, case, ("pairs", "factors"))
+        for i in range(_PAIRS):
+            w = call(b, vector.load_i16_pairs, b.add(pairs, _I64(64 * i)))
+            acc = call(b, vector.add_pairs, acc, w, b.add(factors, _I64(4 * i)), _I64(4 * _PAIRS))
+        for t in range(TOKENS):
+            store(b, out, 64 * t, b.extract_value(acc, t))
+
     return {
         "dots_int4": dots(vector.dots_int4, "w", "w"),
         "dots_codebook": dots(vector.dots_codebook, "w", "levels"),
         "dots_int8": dots(vector.dots_int8, "w", "w"),
         "dots_planes": dots(vector.dots_planes, "w", "low"),
         "dots_expanded": dots(vector.dots_expanded, "w", "w"),
+        "dots_pairs": dots_pairs,
         "expand_int4": expand(vector.expand_int4, "w", "levels"),
         "expand_codebook": expand(vector.expand_codebook, "w", "levels"),
         "expand_int8": expand(vector.expand_int8, "w", "levels"),
@@ -218,6 +236,12 @@ def _dot4(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value, signed: bool
     return acc
 
 
+def _dot2(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    """acc[i] + w[2 i] x[2 i] + w[2 i + 1] x[2 i + 1] of signed words."""
+    words = ir.VectorType(_I16, 2 * acc.type.count)
+    return b.add(acc, _vpmaddwd(b, b.bitcast(w, words), b.bitcast(x, words)))
+
+
 def _pairs(b: ir.IRBuilder, products: ir.Value) -> ir.Value:
     return b.add(_every(b, products, 0, 2), _every(b, products, 1, 2))
 
@@ -276,6 +300,8 @@ _WORDS = _vector(_I16, 256)
 _MEANINGS = {
     "llvm.x86.avx512.vpdpbusd.512": _dot_meaning(512, _I32, signed=False),
     "llvm.x86.avx512.vpdpbusd.256": _dot_meaning(256, _I32, signed=False),
+    "llvm.x86.avx512.vpdpwssd.512": (_function(*[_vector(_I32, 512)] * 4), _dot2),
+    "llvm.x86.avx512.vpdpwssd.256": (_function(*[_vector(_I32, 256)] * 4), _dot2),
     "llvm.aarch64.neon.sdot.v4i32.v16i8": _dot_meaning(128, _I8, signed=True),
     "llvm.aarch64.neon.usdot.v4i32.v16i8": _dot_meaning(128, _I8, signed=False),
     "llvm.x86.avx2.pmadd.ub.sw": (_function(_WORDS, _BYTES[256], _BYTES[256]), _vpmaddubsw),
@@ -332,6 +358,8 @@ def byte_tile(values: NDArray[np.integer]) -> NDArray[np.uint8]:
 def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArray[np.uint8]]:
     """Cases for one of integer_functions, and what the twins make of them."""
     rng = np.random.default_rng(1)
+    if function == "dots_pairs":
+        return pair_examples(rng)
     task, form = function.split("_")
     small = form in ("int4", "codebook", "expanded")
     codebook = np.array(CODEBOOK if form == "codebook" else LINEAR_LEVELS)
@@ -353,6 +381,17 @@ def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArr
         else:
             results.append(byte_tile(codes if form == "int4" else levels + 128))
     return cases, np.array(results)
+
+
+def pair_examples(rng: np.random.Generator) -> tuple[NDArray[np.void], NDArray[np.int32]]:
+    """Words of up to 15 bits, so that no sum overflows; the first ones as large as they may be."""
+    cases = np.zeros(CASES, CASE)
+    for name in ("pairs", "factors"):
+        cases[name] = rng.integers(-(1 << 13), 1 << 13, cases[name].shape)
+    cases["pairs"][0, 1:] = cases["factors"][0, :, 1:] = 0
+    cases["pairs"][0, 0, :, 0], cases["factors"][0, :, 0, 0] = 32767, -32767
+    pairs, factors = (cases[name].astype(np.int64) for name in ("pairs", "factors"))
+    return cases, np.einsum("cirj,ctij->ctr", pairs, factors).astype(np.int32)
 
 
 def compare(name: str, emit: Emit) -> None:

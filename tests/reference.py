@@ -11,6 +11,7 @@ Sources: "Gemma" (arXiv:2403.08295), "Gemma 2" (2408.00118), "Gemma 3 Technical 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,21 +22,56 @@ from quantize.config import GemmaConfig
 Array = NDArray[np.float32]
 Weights = Mapping[str, Array]
 Rounding = Callable[[Array], Array]
-"""What a cache does to keys or values (n, n_kv_heads, head_dim) that go through it."""
+"""What is done to heads (n, n_heads, head_dim) before they are multiplied."""
 
 
 def exact(x: Array) -> Array:
     return x
 
 
-def float16(x: Array) -> Array:
-    return x.astype(np.float16).astype(np.float32)
+def rounded(largest: int, norm: float = np.inf) -> Rounding:
+    """Codes with one scale for each token and head: up to `largest`, their norm up to `norm`."""
+
+    def rounding(x: Array) -> Array:
+        code = np.abs(x).max(axis=-1, keepdims=True) / np.float32(largest)
+        code = np.maximum(code, np.linalg.norm(x, axis=-1, keepdims=True) / np.float32(norm))
+        return np.rint(x / code) * code
+
+    return rounding
 
 
-def int8(x: Array) -> Array:
-    """Signed codes up to 127 with one scale for each token and head."""
-    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
-    return np.rint(x / scale) * scale
+def spread(x: Array) -> Array:
+    """Runs of 16 components multiplied by a Hadamard matrix, as many runs as are a power of 2."""
+    runs = x.shape[-1] // 16
+    size = runs & -runs
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.float32(np.sqrt(2))
+    grouped = x.reshape(*x.shape[:-1], runs // size, size, 16)
+    return np.einsum("ij,...jk->...ik", matrix, grouped).reshape(x.shape)
+
+
+class Roundings(NamedTuple):
+    queries: Rounding
+    keys: Rounding
+    values: Rounding
+
+
+EXACT = Roundings(exact, exact, exact)
+
+
+NORM = 46_300
+"""The square of it is less than 2^31, by enough for what rounding adds."""
+
+ROUNDINGS = {
+    "f16": Roundings(rounded(32767, NORM), rounded(32767, NORM), rounded(8191)),
+    "int8": Roundings(
+        lambda q: rounded(32767, NORM)(spread(q)),
+        lambda k: rounded(127)(spread(k)),
+        rounded(127),
+    ),
+}
+"""What attention rounds with either kind of cache, besides its weights."""
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -98,7 +134,7 @@ def attention(q: Array, k: Array, v: Array, window: int, cap: float) -> Array:
 
 
 def self_attention(
-    x: Array, config: GemmaConfig, weights: Weights, layer: int, cached: Rounding = exact
+    x: Array, config: GemmaConfig, weights: Weights, layer: int, roundings: Roundings = EXACT
 ) -> Array:
     """The attention block of a layer, without its norms of the residual: (n, hidden_size)."""
     name = f"layers.{layer}."
@@ -116,7 +152,8 @@ def self_attention(
         base, scale, window = config.rope_base, config.rope_scale, 0
     q = rope(q, positions, base, scale) * np.float32(config.query_scale)
     k = rope(k, positions, base, scale)
-    out = attention(q, cached(k), cached(v), window, config.attention_soft_cap)
+    heads = [rounding(x) for rounding, x in zip(roundings, (q, k, v), strict=True)]
+    out = attention(*heads, window, config.attention_soft_cap)
     return out.reshape(n, -1) @ weights[name + "attn_o"].T
 
 
@@ -128,14 +165,14 @@ def feed_forward(x: Array, weights: Weights, layer: int) -> Array:
 
 
 def decoder_layer(
-    x: Array, config: GemmaConfig, weights: Weights, layer: int, cached: Rounding = exact
+    x: Array, config: GemmaConfig, weights: Weights, layer: int, roundings: Roundings = EXACT
 ) -> Array:
     """The residual stream (n, hidden_size) after a layer; since Gemma 2 outputs are normed too."""
 
     def norm(y: Array, which: str) -> Array:
         return rms_norm(y, weights[f"layers.{layer}.{which}"], config.rms_norm_eps)
 
-    y = self_attention(norm(x, "attn_norm"), config, weights, layer, cached)
+    y = self_attention(norm(x, "attn_norm"), config, weights, layer, roundings)
     x = x + (norm(y, "post_attn_norm") if config.has_post_norms else y)
     y = feed_forward(norm(x, "ffn_norm"), weights, layer)
     return x + (norm(y, "post_ffn_norm") if config.has_post_norms else y)
@@ -145,12 +182,12 @@ def forward(
     config: GemmaConfig,
     weights: Weights,
     ids: Sequence[int] | NDArray[np.int32],
-    cached: Rounding = exact,
+    roundings: Roundings = EXACT,
 ) -> Array:
     """Logits (n, vocab_size) at every position of `ids`. The embedding is also the output head."""
     x = weights["embed"][np.asarray(ids)] * np.float32(np.sqrt(config.hidden_size))
     for layer in range(config.n_layers):
-        x = decoder_layer(x, config, weights, layer, cached)
+        x = decoder_layer(x, config, weights, layer, roundings)
     x = rms_norm(x, weights["final_norm"], config.rms_norm_eps)
     return soft_cap(x @ weights["embed"].T, config.final_soft_cap)
 

@@ -547,9 +547,9 @@ def test_models_and_inspect(cli: Cli, home: Path) -> None:
     described = cli("inspect", "-m", "chat", "--json", "--tensors", "-c", "100").json
     size = (home / "models" / "chat.safetensors").stat().st_size
     assert (described["bytes"], described["bits_per_weight"]) == (size, 32.0)
-    # 3 layers, 2 heads of 16, keys and values, 2 bytes each: all 100 tokens fit the windows'
-    # rings, in tiles of 16.
-    assert described["cache_bytes"]["f16"] == 3 * 2 * 16 * 2 * 2 * 112  # type: ignore[index]
+    # 3 layers, keys and values, 2 heads of 16 numbers, 2 bytes each, and a scale of 4: all 100
+    # tokens fit the windows' rings, in tiles of 16.
+    assert described["cache_bytes"]["f16"] == 3 * 2 * 2 * (16 * 2 + 4) * 112  # type: ignore[index]
     text = cli("inspect", "-m", "chat", "--tensors").out
     assert "instruction-tuned" in text
     assert "layers.2.ffn_down" in text

@@ -18,12 +18,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemma_cli.runtime import (
-    attention,
-    attention_amx,
     head,
     inputs,
     isa,
-    kv_cache,
     layers,
     matmul,
     matrix,
@@ -34,7 +31,6 @@ from gemma_cli.runtime import (
     workspace,
 )
 from gemma_cli.runtime.embedding import embed
-from gemma_cli.runtime.tables import Shape
 from gemma_cli.runtime.workspace import BLOCK, FEW, TOKENS, Inputs
 from quantize import packing
 from quantize.grouping import round_int4, round_int8
@@ -542,309 +538,6 @@ def test_rounded_weights_multiply_like_the_weights() -> None:
 # Attention.
 
 
-@njit
-def store_tokens(k, v, position, table, is_int8):
-    for t in range(len(k)):
-        slot = (position + t) % table[kv_cache.CAPACITY]
-        for h in range(k.shape[1]):
-            attention.store_head(k[t, h], v[t, h], table, h, slot, is_int8)
-
-
-@team.stage
-def merge(t, thread, starts, positions, s, window, scratch, out):
-    attention.merge_spans(t, starts, positions, s, window, scratch, thread, out[t])
-
-
-@njit(nogil=True)
-def run_spans(counters, thread, q, starts, positions, caches, s, window, is_int8, scratch, out):
-    items = attention.n_span_items(starts, positions, s, window)
-    attention.attend_spans(
-        counters, 0, items, thread, q, starts, positions, caches, 0, s, window, is_int8, scratch
-    )
-    merge(counters, 1, len(out), thread, starts, positions, s, window, scratch, out)
-
-
-@njit(nogil=True)
-def run_rows(counters, thread, q, starts, positions, caches, s, window, is_int8, scratch, out):
-    items = attention.n_row_items(starts, s, True)
-    run = starts, positions, caches, 0, s, window, is_int8, True
-    attention.attend_rows(counters, 0, items, thread, q, *run, (scratch,), out)
-
-
-@njit(nogil=True)
-def run_rows_amx(counters, thread, q, starts, positions, caches, s, window, is_int8, scratch, out):
-    items = attention_amx.n_row_items(starts, s, False)
-    run = starts, positions, caches, 0, s, window, is_int8, False
-    attention_amx.attend_rows(counters, 0, items, thread, q, *run, scratch, out)
-
-
-class Cache:
-    """One layer's keys and values; slots that nothing was written to hold NaN as float16."""
-
-    def __init__(self, kind: str, capacity: int, n_kv_heads: int, head_dim: int) -> None:
-        self.is_int8 = kind == "int8"
-        capacity = -(-capacity // kv_cache.BLOCK) * kv_cache.BLOCK
-        tiles = n_kv_heads, capacity // kv_cache.BLOCK, head_dim, kv_cache.BLOCK
-        dtype, nothing = (np.int8, 99) if self.is_int8 else (np.float16, np.nan)
-        self.keys = np.full(tiles, nothing, dtype)
-        self.values = np.full((n_kv_heads, capacity, head_dim), nothing, dtype)
-        self.scales = np.full((2, n_kv_heads, capacity), np.nan, np.float32)
-        self.table = np.array(
-            [
-                self.keys.ctypes.data,
-                self.values.ctypes.data,
-                self.scales[0].ctypes.data,
-                self.scales[1].ctypes.data,
-                capacity,
-            ],
-            np.int64,
-        )
-
-    def store(self, k: Float32, v: Float32, position: int) -> None:
-        store_tokens(k, v, position, self.table, self.is_int8)
-
-    def codes(self) -> NDArray[Any]:
-        """Keys and values (2, capacity, n_kv_heads, head_dim) as they lie in the cache."""
-        keys = self.keys.transpose(1, 3, 0, 2).reshape(-1, len(self.keys), self.keys.shape[2])
-        return np.stack([keys, self.values.transpose(1, 0, 2)])
-
-    def stored(self) -> NDArray[np.float64]:
-        """The same as numbers."""
-        codes = self.codes().astype(np.float64)
-        scales = self.scales.transpose(0, 2, 1)[..., None].astype(np.float64)
-        return codes * scales if self.is_int8 else codes
-
-
-def shape(n_heads: int, n_kv_heads: int, cap: float, head_dim: int = 0) -> Shape:
-    return Shape(0, 0, 0, 0, n_heads, n_kv_heads, head_dim, 0, 0.0, 0.0, cap, 0.0)
-
-
-def grouped(q: Float32, n_kv_heads: int) -> Float32:
-    """Queries (n, n_heads, head_dim) as attention takes them, with rows to spare of NaN."""
-    n, n_heads, head_dim = q.shape
-    flat = np.full((n * n_heads + workspace.ROWS) * head_dim, np.nan, np.float32)
-    rows = flat[: q.size].reshape(n_kv_heads, n * (n_heads // n_kv_heads), head_dim)
-    rows[:] = q.reshape(n, n_kv_heads, -1, head_dim).transpose(1, 0, 2, 3).reshape(rows.shape)
-    return rows
-
-
-def attend_all(
-    cache: Cache,
-    q: Float32,
-    k: Float32,
-    v: Float32,
-    window: int,
-    cap: float,
-    chunk: int,
-    n_threads: int,
-    amx: bool = False,
-) -> Float32:
-    """Attention of all tokens, a chunk at a time: (n, n_heads, head_dim)."""
-    n_heads, n_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
-    s = shape(n_heads, n_kv_heads, cap, head_dim)
-    out = np.full((len(q), q[0].size), np.nan, np.float32)
-    partials = workspace.count_partials(n_heads, n_kv_heads, min(chunk, FEW), len(q))
-    scratch: Any = workspace.allocate_attention(n_threads, head_dim, partials)
-    own = workspace.allocate_amx_attention(n_threads, head_dim)
-    for array in (*scratch, *own):
-        array.view(np.uint8)[:] = 255  # NaN
-    if amx:
-        scratch = scratch, own
-    for start in range(0, len(q), chunk):
-        part = slice(start, start + chunk)
-        cache.store(k[part], v[part], start)
-        counters, rows = workspace.counters(2), grouped(q[part], n_kv_heads)
-
-        def work(
-            thread: int,
-            counters: Any = counters,
-            rows: Float32 = rows,
-            part: slice = part,
-            start: int = start,
-        ) -> None:
-            starts, positions = np.array([0, len(q[part])]), np.array([start])
-            which = starts, positions, cache.table[None, None]
-            run = run_spans if chunk <= FEW else run_rows_amx if amx else run_rows
-            run(counters, thread, rows, *which, s, window, cache.is_int8, scratch, out[part])
-
-        on_threads(n_threads, work)
-    return out.reshape(q.shape)
-
-
-def random_heads(
-    rng: np.random.Generator, n: int, n_heads: int, n_kv_heads: int, head_dim: int
-) -> tuple[Float32, Float32, Float32]:
-    """Queries, keys and values whose scores are sharp: a deviation of 3."""
-    q = 3 / np.sqrt(head_dim) * rng.standard_normal((n, n_heads, head_dim))
-    k, v = rng.standard_normal((2, n, n_kv_heads, head_dim)).astype(np.float32)
-    return q.astype(np.float32), k, v
-
-
-HEADS = [(4, 1, 32), (6, 2, 64), (5, 5, 16), (9, 3, 32), (1, 1, 256)]
-WINDOWS = [(0, 0.0), (1, 0.0), (7, 0.0), (40, 2.0), (200, 0.0), (0, 2.0)]
-
-
-@pytest.mark.parametrize("kind", ["f16", "int8"])
-@pytest.mark.parametrize(("window", "cap"), WINDOWS)
-@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), HEADS)
-def test_attention_is_the_twins(
-    n_heads: int, n_kv_heads: int, head_dim: int, window: int, cap: float, kind: str
-) -> None:
-    """One token at a time and in chunks, on several threads, in rings that wrap around."""
-    n = 75
-    rng = np.random.default_rng(12)
-    q, k, v = random_heads(rng, n, n_heads, n_kv_heads, head_dim)
-    whole = Cache(kind, n, n_kv_heads, head_dim)
-    one_by_one = attend_all(whole, q, k, v, window, cap, chunk=1, n_threads=1)
-    keys, values = whole.stored()[:, :n]
-    expected, magnitudes = twins.attention(q.astype(np.float64), keys, values, window, cap)
-    # A score errs by head_dim roundings of its magnitudes (see assert_close), by another of the
-    # cache's scale, by 4 of the cap where there is one; that and exp's 2e-7 are relative errors of
-    # a weight, once above and once below the fraction. The sums over n positions err by n more.
-    score_error = ((head_dim + 2) * magnitudes + 4 * cap) * twins.EPSILON
-    relative = 2 * (score_error + 2e-7 + (n + 2) * twins.EPSILON)
-    error = np.abs(one_by_one - expected).max(-1)
-    assert (error <= relative * np.abs(values).max()).all()
-    for chunk, n_threads in ((1, 4), (5, 1), (33, 2), (n, 3)):
-        capacity = min(n, window + chunk) if window else n
-        cache = Cache(kind, capacity, n_kv_heads, head_dim)
-        out = attend_all(cache, q, k, v, window, cap, chunk, n_threads)
-        np.testing.assert_array_equal(out, one_by_one)
-
-
-@pytest.mark.parametrize("kind", ["f16", "int8"])
-@pytest.mark.parametrize("window", [0, 300])
-def test_attention_over_several_spans(window: int, kind: str) -> None:
-    n, n_heads, n_kv_heads, head_dim = 2 * workspace.SPAN + 60, 4, 2, 16
-    rng = np.random.default_rng(21)
-    q, k, v = random_heads(rng, n, n_heads, n_kv_heads, head_dim)
-    whole = Cache(kind, n, n_kv_heads, head_dim)
-    one_by_one = attend_all(whole, q, k, v, window, 0.0, chunk=1, n_threads=2)
-    keys, values = whole.stored()[:, :n]
-    expected, magnitudes = twins.attention(q.astype(np.float64), keys, values, window, 0.0)
-    # As above; merging partial results takes some more roundings for each span.
-    relative = 2 * (((head_dim + 2) * magnitudes + n + 20) * twins.EPSILON + 2e-7)
-    error = np.abs(one_by_one - expected).max(-1)
-    assert (error <= relative * np.abs(values).max()).all()
-    for chunk in (7, FEW, 70, n):
-        capacity = min(n, window + chunk) if window else n
-        cache = Cache(kind, capacity, n_kv_heads, head_dim)
-        out = attend_all(cache, q, k, v, window, 0.0, chunk, n_threads=2)
-        np.testing.assert_array_equal(out, one_by_one)
-
-
-@pytest.mark.skipif(not isa.AMX, reason="of AMX")
-@pytest.mark.parametrize("kind", ["f16", "int8"])
-@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (1, 0.0), (40, 2.0), (300, 0.0)])
-@pytest.mark.parametrize(("n_heads", "n_kv_heads", "head_dim"), [(6, 2, 64), (4, 1, 32)])
-def test_attention_by_amx_is_the_twins(
-    n_heads: int, n_kv_heads: int, head_dim: int, window: int, cap: float, kind: str
-) -> None:
-    """The same however many tokens go at once, over several spans, in rings that wrap around."""
-    n = workspace.SPAN + 75
-    rng = np.random.default_rng(28)
-    q, k, v = random_heads(rng, n, n_heads, n_kv_heads, head_dim)
-    whole = Cache(kind, n, n_kv_heads, head_dim)
-    at_once = attend_all(whole, q, k, v, window, cap, n, n_threads=2, amx=True)
-    heads = whole.codes()[:, :n].astype(np.float32)
-    keys, values = twins.bfloat16(heads)  # which int8 codes are already
-    if kind == "int8":
-        key_scales, value_scales = whole.scales[:, :, :n, None].transpose(0, 2, 1, 3)
-        keys, values = keys * key_scales, values * value_scales
-    expected, magnitudes = twins.attention(twins.bfloat16(q), keys, values, window, cap)
-    # As in test_attention_is_the_twins, and a weight is rounded to bfloat16 before it is used.
-    score_error = ((head_dim + 2) * magnitudes + 4 * cap) * twins.EPSILON
-    relative = 2 * (score_error + 2e-7 + (n + 20) * twins.EPSILON) + 2.0**-8
-    error = np.abs(at_once - expected).max(-1)
-    assert (error <= relative * np.abs(values).max()).all()
-    for chunk, n_threads in ((17, 1), (150, 4)):
-        capacity = min(n, window + chunk) if window else n
-        cache = Cache(kind, capacity, n_kv_heads, head_dim)
-        out = attend_all(cache, q, k, v, window, cap, chunk, n_threads, amx=True)
-        n_many = n // chunk * chunk  # A rest may be FEW tokens.
-        np.testing.assert_array_equal(out[:n_many], at_once[:n_many])
-
-
-@pytest.mark.parametrize("window", [0, 300])
-@pytest.mark.parametrize("lengths", [(1, 1, 1), (6, 1, 9), (3, 40, 1, 17)])
-def test_attention_of_several_sequences(lengths: tuple[int, ...], window: int) -> None:
-    """Tokens at different depths, few and many, as those of each alone."""
-    rng = np.random.default_rng(22)
-    n_heads, n_kv_heads, head_dim, context = 6, 2, 32, 720
-    starts, positions = np.cumsum([0, *lengths]), np.array([5, 680, 300, 0])[: len(lengths)]
-    n = starts[-1]
-    queries, k, v = random_heads(rng, context, n_heads, n_kv_heads, head_dim)
-    queries = queries[:n]
-    caches = [Cache("f16", context, n_kv_heads, head_dim) for _ in lengths]
-    for cache, position, length in zip(caches, positions, lengths, strict=True):
-        cache.store(np.roll(k, position, 0)[: position + length], v[: position + length], 0)
-    tables = np.stack([cache.table[None] for cache in caches])
-    s = shape(n_heads, n_kv_heads, 0.0, head_dim)
-    partials = workspace.count_partials(n_heads, n_kv_heads, min(n, FEW), context)
-    scratch: Any = workspace.allocate_attention(1, head_dim, partials)
-    amx = workspace.allocate_amx_attention(1, head_dim)
-
-    def attend(some: slice) -> Float32:
-        """The sequences' outputs, by the kernel that takes so many tokens as all have."""
-        own = starts[some.start : some.stop + 1]
-        tokens, first = slice(own[0], own[-1]), own - own[0]
-        out = np.full((first[-1], n_heads * head_dim), np.nan, np.float32)
-        run, memory = run_spans, scratch
-        if n > FEW:
-            run, memory = (run_rows_amx, (scratch, amx)) if isa.AMX else (run_rows, scratch)
-        which = grouped(queries[tokens], n_kv_heads), first, positions[some], tables[some]
-        run(workspace.counters(2), 0, *which, s, window, False, memory, out)
-        return out
-
-    together = attend(slice(0, len(lengths)))
-    alone = [attend(slice(i, i + 1)) for i in range(len(lengths))]
-    np.testing.assert_array_equal(together, np.concatenate(alone))
-    assert np.isfinite(together).all()
-
-
-def test_attention_with_scores_far_apart() -> None:
-    """The running maximum climbs, and falls back, by more than exp can express."""
-    q, k, v = random_heads(np.random.default_rng(13), 100, 2, 1, 32)
-    q *= 100
-    cache = Cache("f16", 100, 1, 32)
-    out = attend_all(cache, q, k, v, 0, 0.0, chunk=100, n_threads=2)
-    keys, values = cache.stored()[:, :100]
-    expected, magnitudes = twins.attention(q.astype(np.float64), keys, values, 0, 0.0)
-    error = np.abs(out - expected).max(-1)
-    relative = 2 * (34 * twins.EPSILON * magnitudes + 2e-7 + 102 * twins.EPSILON)
-    assert (error <= relative * np.abs(values).max()).all()
-
-
-def test_cached_heads_are_rounded_as_the_twin_rounds_them() -> None:
-    rng = np.random.default_rng(14)
-    k, v = (rng.standard_normal((2, 10, 3, 64)) * rng.lognormal(0, 2, (2, 10, 3, 1))).astype("f4")
-    k[0, 0] = 0
-    k[0, 1] = 1e-40
-    half = Cache("f16", 10, 3, 64)
-    half.store(k, v, 0)
-    np.testing.assert_array_equal(half.codes()[:, :10], np.stack([k, v]).astype(np.float16))
-    byte = Cache("int8", 10, 3, 64)
-    byte.store(k, v, 0)
-    heads = np.stack([k, v])
-    largest = np.abs(heads).max(-1)
-    np.testing.assert_array_equal(
-        byte.scales[..., :10].transpose(0, 2, 1), largest / np.float32(127)
-    )
-    some = largest > np.float32(1e-30)
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=some)
-    np.testing.assert_array_equal(byte.codes()[:, :10], np.rint(heads * inverse[..., None]))
-
-
-def test_keys_go_to_their_slot_of_the_ring() -> None:
-    k, v = np.random.default_rng(15).standard_normal((2, 40, 2, 16)).astype(np.float32)
-    cache = Cache("f16", 32, 2, 16)
-    cache.store(k, v, 9)
-    codes = cache.codes()
-    for t in range(8, 40):
-        np.testing.assert_array_equal(codes[0, (9 + t) % 32], k[t].astype(np.float16))
-        np.testing.assert_array_equal(codes[1, (9 + t) % 32], v[t].astype(np.float16))
-
-
 # Layers.
 
 
@@ -977,13 +670,6 @@ def load_all(load_f16, load_bf16, source, target):
             vector.store_f32(y, vector.load_bf16(address))
 
 
-@njit
-def store_halves(source, target):
-    for i in range(0, source.size, 16):
-        value = vector.load_f32(vector.address_of(source) + 4 * i)
-        vector.store_f16(vector.address_of(target) + 2 * i, 2, value)
-
-
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16)
 FINITE_HALVES = ALL_BITS[(ALL_BITS & 0x7C00) != 0x7C00]
 
@@ -997,36 +683,15 @@ def test_every_float16_is_loaded() -> None:
 
 def test_infinities_stay_infinite_and_no_numbers_none() -> None:
     halves = np.array([0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFFFF, 0x7BFF, 0xFBFF, 1] * 2, np.uint16)
-    x, y = np.empty(16, np.float32), np.empty(16, np.uint16)
+    x = np.empty(16, np.float32)
     load_all(True, False, halves, x)
     np.testing.assert_array_equal(x, halves.view(np.float16).astype(np.float32))
-    store_halves(x, y)
-    np.testing.assert_array_equal(y.view(np.float16), halves.view(np.float16))
-    # 65,520 is in the midst of the largest float16 and what would follow it.
-    large = np.float32([65519.99, 65520, 1e5, 3.4e38])
-    x = np.tile(np.concatenate([large, -large]), 2)
-    store_halves(x, y)
-    with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(y.view(np.float16), x.astype(np.float16))
 
 
 def test_every_bfloat16_is_loaded() -> None:
     y = np.empty(ALL_BITS.size, np.float32)
     load_all(False, True, ALL_BITS, y)
     np.testing.assert_array_equal(y.view(np.uint32), ALL_BITS.astype(np.uint32) << 16)
-
-
-def test_float16_is_stored_rounded_to_nearest_ties_to_even() -> None:
-    """Every float16, every midpoint of two, and the float32 on both sides of it; subnormals too."""
-    halves = np.sort(FINITE_HALVES.view(np.float16)[:0x7C00]).astype(np.float32)
-    middle = (halves[:-1] + halves[1:]) / 2
-    above, below = np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(0))
-    positive = np.concatenate([halves, middle, above, below])
-    x = np.concatenate([positive, -positive])
-    x = np.resize(x, -(-x.size // 16) * 16)
-    y = np.empty(x.size, np.uint16)
-    store_halves(x, y)
-    np.testing.assert_array_equal(y, x.astype(np.float16).view(np.uint16))
 
 
 # Threads.

@@ -15,22 +15,23 @@ from gemma_cli.runtime import isa
 
 # Plugins are loaded before any test imports Numba, which then keeps to the set, too.
 SET, GUARDED, AMX = (("-p", name) for name in ("gemma_cli.runtime.isa", "guarded", "pretended_amx"))
-KERNELS, MODELS = str(TESTS / "test_kernels.py"), str(TESTS / "test_model.py")
+KERNELS = str(TESTS / "test_kernels.py"), str(TESTS / "test_attention.py")
+MODELS = str(TESTS / "test_model.py")
 
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     **{
-        f"kernels on {name}": ((*SET, *GUARDED, KERNELS), {"GEMMA_CLI_ISA": name})
+        f"kernels on {name}": ((*SET, *GUARDED, *KERNELS), {"GEMMA_CLI_ISA": name})
         for name in MACHINE_SETS
         if name != isa.NAME
     },
     # Numba's own checks see indices; of addresses, unreadable pages before every array do.
     "kernels within their arrays": (
-        (*GUARDED, KERNELS),
+        (*GUARDED, *KERNELS),
         {"NUMBA_BOUNDSCHECK": "1", "GUARDED": "start", "GEMMA_CLI_ISA": isa.NAME},
     ),
     # Those that AMX makes a difference to, also where tiles get lost.
     "kernels on AMX spelled out": (
-        (*AMX, "-k", "many or amx or threads or (exact and 19)", KERNELS),
+        (*AMX, "-k", "many or amx or threads or (exact and 19)", *KERNELS),
         {},
     ),
     # `make guard` does this and the kernels for every set of this machine, on both sides.

@@ -119,7 +119,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "another ring": lambda header: header["__metadata__"].update(ring="16", reach="400"),
     "a layer less": lambda header: header.pop("layers.0"),
     "a layer of another name": lambda header: header.update({"layers.9": header.pop("layers.0")}),
-    "a layer of another type": lambda header: header["layers.0"].update(dtype="I16"),
+    "a layer of another type": lambda header: header["layers.0"].update(dtype="F16"),
     "a layer in another shape": lambda header: header["layers.0"]["shape"].reverse(),
     "an overlap": lambda header: header["layers.0"].update(header["layers.1"]),
     "offsets of 2^63": with_ids(data_offsets=[2**63, 2**63 + 400]),

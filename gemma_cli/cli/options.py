@@ -293,7 +293,9 @@ Truncate = Annotated[
 KVFormat = Annotated[
     KV,
     typer.Option(
-        "--kv", help="How the context is kept in memory; int8 takes half.", rich_help_panel=MODEL
+        "--kv",
+        help="How the context is kept in memory: f16 with 16 bits a number, int8 with 8.",
+        rich_help_panel=MODEL,
     ),
 ]
 SessionName = Annotated[

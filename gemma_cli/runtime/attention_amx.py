@@ -14,6 +14,7 @@ from gemma_cli.runtime.attention import (
     attend_row_item,
     divide,
     fill,
+    load_pairs,
     merge,
     rows_stage,
     seen,
@@ -25,9 +26,10 @@ from gemma_cli.runtime.kv_cache import BLOCK as KEY_TILE
 from gemma_cli.runtime.kv_cache import CAPACITY, KEY_SCALES, KEYS, VALUES
 from gemma_cli.runtime.vector import (
     address_of,
-    load_f16,
+    first_of_pairs,
     load_f32,
-    load_i8,
+    load_i16_pairs,
+    second_of_pairs,
     splat,
     store_bf16,
     store_bf16_pairs,
@@ -37,17 +39,18 @@ from gemma_cli.runtime.workspace import AMX_ROWS, BLOCK, ITEM_ROWS, SPAN, STEP, 
 
 
 @kernel
-def _load(address, is_int8):
-    return load_i8(address) if is_int8 else load_f16(address)
+def _store_pairs(target, pairs):
+    """32 int16 as bfloat16, in their order."""
+    store_bf16_pairs(target, first_of_pairs(pairs), second_of_pairs(pairs))
 
 
 @kernel
 def _round_queries(q, rows, head_dim, target):
-    """q: address of float32 (rows, head_dim)."""
+    """q: address of int16 codes (rows, head_dim)."""
     for r in range(rows):
         for i in range(0, head_dim, 32):
-            x = q + 4 * (r * head_dim + i)
-            store_bf16(target + block_offset(r, i, head_dim), load_f32(x), load_f32(x + 64))
+            codes = load_i16_pairs(q + 2 * (r * head_dim + i))
+            _store_pairs(target + block_offset(r, i, head_dim), codes)
 
 
 @kernel
@@ -60,27 +63,23 @@ def _expand_keys(cache, head, span, first, last, head_dim, is_int8, target):
         place = target + (p - span) // BLOCK * (head_dim // 32 * STEP) + p % BLOCK // 16 * TILE
         for i in range(0, head_dim, 32):
             for k in range(16):
-                even = key + size * KEY_TILE * (i + 2 * k)
-                odd = even + size * KEY_TILE
-                store_bf16_pairs(place + 64 * k, _load(even, is_int8), _load(odd, is_int8))
+                pairs = load_pairs(key + size * KEY_TILE * (i + 2 * k), is_int8)
+                _store_pairs(place + 64 * k, pairs)
             place += STEP
 
 
 @kernel
-def _expand_values(cache, head, span, first, last, high, head_dim, is_int8, target):
-    """Values of the same to tiles, those of 32 inputs side by side; zeros from position high on."""
+def _expand_values(cache, head, span, first, last, head_dim, is_int8, target):
+    """Values of the same to tiles, those of 32 inputs side by side."""
     size = 1 if is_int8 else 2
     for p in range(first, last, 2):
         slot = head * cache[CAPACITY] + p % cache[CAPACITY]
         value = cache[VALUES] + size * slot * head_dim
         for i in range(0, head_dim, 16):
-            even = odd = splat(0.0)
-            if p < high:
-                even = _load(value + size * i, is_int8)
-            if p + 1 < high:
-                odd = _load(value + size * (i + head_dim), is_int8)
             place = (i // 32 * (SPAN // 32) + (p - span) // 32) * STEP + i % 32 // 16 * TILE
-            store_bf16_pairs(target + place + p % 32 // 2 * 64, even, odd)
+            _store_pairs(
+                target + place + p % 32 // 2 * 64, load_pairs(value + 2 * size * i, is_int8)
+            )
 
 
 @kernel
@@ -107,18 +106,18 @@ def _multiply(a, b, rows, columns, inputs, width, c, line):
 
 
 @kernel
-def _scale_scores(scores, cache, head, first, last):
-    """Multiplies a query's scores, from that of position first on, by the scales of int8 keys."""
+def _scale_scores(scores, q_scale, cache, head, first, last):
+    """Multiplies a query's scores, from that of position first on, by its scale and the keys'."""
     scales = cache[KEY_SCALES] + 4 * head * cache[CAPACITY]
     for p in range(first, last, 16):
         at = address_of(scores) + 4 * (p - first)
-        store_f32(at, load_f32(at) * load_f32(scales + 4 * (p % cache[CAPACITY])))
+        scale = splat(q_scale) * load_f32(scales + 4 * (p % cache[CAPACITY]))
+        store_f32(at, load_f32(at) * scale)
 
 
 @kernel
-def _round_weights(weights, r, start, stop, high, target):
-    """A query's weights to blocks; zeros from position high on, where scales may be anything."""
-    weights[min(high, stop) : stop] = 0
+def _round_weights(weights, r, start, stop, target):
+    """A query's weights to blocks."""
     for p in range(start, stop, 32):
         w = address_of(weights) + 4 * p
         store_bf16(target + block_offset(r, p, SPAN), load_f32(w), load_f32(w + 64))
@@ -141,18 +140,19 @@ def _attend_item(item, thread, q, position, cache, s, window, is_int8, scratch, 
     group, head_dim = s.n_heads // s.n_kv_heads, s.head_dim
     head, block = item % s.n_kv_heads, item // s.n_kv_heads
     # The last queries see most, and come first: so threads end together.
-    first_row = (q.shape[1] - 1) // AMX_ROWS * AMX_ROWS - block * AMX_ROWS
-    rows = min(AMX_ROWS, q.shape[1] - first_row)
+    n_rows = q.scales.shape[1]
+    first_row = (n_rows - 1) // AMX_ROWS * AMX_ROWS - block * AMX_ROWS
+    rows = min(AMX_ROWS, n_rows - first_row)
     queries, keys = address_of(scratch.queries[thread]), address_of(scratch.keys[thread])
     values, rounded = address_of(scratch.values[thread]), address_of(scratch.rounded[thread])
-    scores, weights = scratch.scores[thread], scratch.weights[thread]
+    scores = scratch.scores[thread]
     part, total = scratch.sums[thread, 0], scratch.sums[thread, 1]
     maxima, divisors = scratch.maxima[thread], scratch.divisors[thread]
     line = address_of(scratch.lines[thread])
     for r in range(rows):
         maxima[1, r], divisors[1, r] = MASKED, 0
         fill(total[r], 0)
-    _round_queries(address_of(q[head, first_row]), rows, head_dim, queries)
+    _round_queries(address_of(q.codes[head, first_row]), rows, head_dim, queries)
     oldest = seen(position + first_row // group, window)
     newest = position + (first_row + rows - 1) // group
     configure()
@@ -161,26 +161,16 @@ def _attend_item(item, thread, q, position, cache, s, window, is_int8, scratch, 
         first, last = low // 32 * 32, (high + 31) // 32 * 32
         start, stop = first - span, last - span
         _expand_keys(cache, head, span, first, last, head_dim, is_int8, keys)
-        _expand_values(cache, head, span, first, last, high, head_dim, is_int8, values)
+        _expand_values(cache, head, span, first, last, head_dim, is_int8, values)
         _multiply(queries, keys, rows, (start, stop), (0, head_dim), head_dim, scores, line)
         for r in range(rows):
-            if is_int8:
-                _scale_scores(scores[r, start:], cache, head, first, last)
+            q_scale = q.scales[head, first_row + r]
+            _scale_scores(scores[r, start:], q_scale, cache, head, first, last)
             here = position + (first_row + r) // group
             maxima[0, r], divisors[0, r] = weigh_positions(
-                scores[r],
-                here,
-                window,
-                s.attention_soft_cap,
-                cache,
-                head,
-                is_int8,
-                span,
-                first,
-                last,
-                weights,
+                scores[r], here, window, s.attention_soft_cap, cache, head, span, first, last
             )
-            _round_weights(weights, r, start, stop, high - span, rounded)
+            _round_weights(scores[r], r, start, stop, rounded)
         _multiply(rounded, values, rows, (0, head_dim), (start, stop), SPAN, part, line)
         for r in range(rows):
             maxima[1, r], divisors[1, r] = merge(

@@ -33,7 +33,6 @@ from gemma_cli.runtime.tables import (
     V,
 )
 from gemma_cli.runtime.team import stage
-from gemma_cli.runtime.vector import address_of, load_f32, store_f32
 from gemma_cli.runtime.workspace import FEW, STAGES
 
 _many = attention_amx if isa.AMX else attention
@@ -74,7 +73,7 @@ def _place_head(
 ):
     """A query head normalized, rotated, scaled; or a key head, stored with its value.
 
-    queries: float32 (n_kv_heads, n_tokens * group, head_dim).
+    queries: Queries.
     """
     t, head = item // (s.n_heads + s.n_kv_heads), item % (s.n_heads + s.n_kv_heads)
     d = s.head_dim
@@ -84,9 +83,9 @@ def _place_head(
             rms_norm(vector, norms[Q_NORM], s.rms_norm_eps, vector)
         rotate(vector, cos, sin, np.float32(s.query_scale))
         group = s.n_heads // s.n_kv_heads
-        target = address_of(queries[head // group, t * group + head % group])
-        for i in range(0, 4 * d, 64):
-            store_f32(target + i, load_f32(address_of(vector) + i))
+        key_head, row = head // group, t * group + head % group
+        codes = queries.codes[key_head, row]
+        queries.scales[key_head, row] = attention.round_query(vector, codes, is_int8)
     else:
         if norms[K_NORM]:
             rms_norm(vector, norms[K_NORM], s.rms_norm_eps, vector)
@@ -163,12 +162,12 @@ def forward(
 
     Called by n_threads threads with the same arguments but `thread`, 0 to n_threads - 1.
     counters: of the team, for n_stages(n_layers), zeroed; s: Shape; caches: the KVCaches' tables,
-    int64 (n_sequences, n_layers, kv_cache.N_COLUMNS), all int8 or all float16; tokens: int32
-    (n_tokens,), at most a chunk, those of each sequence one after the other; starts: int64
-    (n_sequences + 1,), the first of each sequence's, and n_tokens; positions: int64 (n_sequences,),
-    of these first ones. wanted: int64 (n_wanted,), which tokens' logits are wanted, rising; logits:
-    float32, n_wanted rows or more of 16 x the embedding's tiles; with n_best, which is at most
-    these tiles, those that cannot be among the n_best largest may be -inf.
+    int64 (n_sequences, n_layers, kv_cache.N_COLUMNS), all of one kind; tokens: int32 (n_tokens,),
+    at most a chunk, those of each sequence one after the other; starts: int64 (n_sequences + 1,),
+    the first of each sequence's, and n_tokens; positions: int64 (n_sequences,), of these first
+    ones. wanted: int64 (n_wanted,), which tokens' logits are wanted, rising; logits: float32,
+    n_wanted rows or more of 16 x the embedding's tiles; with n_best, which is at most these tiles,
+    those that cannot be among the n_best largest may be -inf.
     """
     n, n_wanted, ffn = tokens.size, wanted.size, s.intermediate_size
     eps, matrices = s.rms_norm_eps, weights.matrices
@@ -177,7 +176,7 @@ def forward(
     h = some_inputs(scratch.h, n, s.hidden_size)
     mixed = some_inputs(scratch.h, n, s.n_heads * s.head_dim)
     gated = some_inputs(scratch.h, n, ffn)
-    queries = scratch.queries[:, : n * (s.n_heads // s.n_kv_heads)]
+    queries = attention.some_queries(scratch.queries, 0, n * (s.n_heads // s.n_kv_heads))
 
     _start_token(counters, 0, n, thread, s, weights, scratch, tokens, starts, positions, h)
     for layer in range(s.n_layers):

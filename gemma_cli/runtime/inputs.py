@@ -12,12 +12,13 @@ from gemma_cli.runtime.vector import (
     absolute,
     address_of,
     horizontal_max,
+    larger,
     load_bf16,
     load_f32,
     load_scalar,
+    round_run,
     splat,
     store_bf16,
-    store_i8,
     store_scalar,
 )
 from gemma_cli.runtime.workspace import BLOCK, CODES, FEW, STEP, TOGETHER, TOKENS, Inputs
@@ -46,12 +47,10 @@ def quantize_row(x, codes, scales, offsets):
     source, target = address_of(x), address_of(codes)
     for g in range(scales.size):
         first, second = load_f32(source + 128 * g), load_f32(source + 128 * g + 64)
-        largest = max(horizontal_max(absolute(first)), horizontal_max(absolute(second)))
+        largest = horizontal_max(larger(absolute(first), absolute(second)))
         scales[g] = largest / 127
         inverse = splat(127 / largest if largest > 1e-30 else 0.0)
-        total = store_i8(target + 32 * g, 1, first * inverse)
-        total += store_i8(target + 32 * g + 16, 1, second * inverse)
-        offsets[g] = -128 * total
+        offsets[g] = -128 * round_run(target + 32 * g, first * inverse, second * inverse)
 
 
 @kernel

@@ -6,10 +6,13 @@ context. Position p lies in slot p modulo the layer's capacity, a multiple of BL
 
 A layer's memory, head by head, so that a head's tokens are one stream:
 
-    keys    (n_kv_heads, capacity / BLOCK, head_dim, BLOCK): a tile's tokens side by side, as the
-            rows of a weight matrix are, so that a vector register holds the scores of 16 tokens
-    values  (n_kv_heads, capacity, head_dim)
-    scales  (n_kv_heads, capacity) for keys, the same for values; int8 only
+    keys    (n_kv_heads, capacity / BLOCK, head_dim / 2, BLOCK, 2): a tile's tokens side by side, as
+            the rows of a weight matrix are, so that a vector register holds the scores of 16
+            tokens, and two inputs of each, which an instruction multiplies and sums
+    values  (n_kv_heads, capacity / 2, head_dim, 2): two tokens side by side
+    scales  (n_kv_heads, capacity) for keys, the same for values
+
+What is stored are integers of 16 or 8 bits. `attention` says how they are rounded.
 """
 
 import mmap
@@ -24,16 +27,16 @@ from numpy.typing import NDArray
 from quantize.config import GemmaConfig
 from quantize.memory import check_memory
 
-# Columns of the table that describes the cache to the kernels, a row a layer, int64. Scales are
-# there for int8 only.
+# Columns of the table that describes the cache to the kernels, a row a layer, int64.
 KEYS, VALUES, KEY_SCALES, VALUE_SCALES, CAPACITY = range(5)
 N_COLUMNS = 5
 
-KINDS: dict[str, type[np.generic]] = {"f16": np.float16, "int8": np.int8}
+KINDS: dict[str, type[np.generic]] = {"f16": np.int16, "int8": np.int8}
+"""What keys and values are stored as. "f16" is what the command line calls 16 bits, which with a
+scale are closer than a float16's 11."""
 
 BLOCK = 16
 """Positions of a tile of keys; none lies across the end of a ring."""
-
 
 _LARGE = 1 << 22  # bytes of a NumPy array for which it asks for large pages
 
@@ -45,8 +48,8 @@ class CacheState:
     """What a cache holds of `length` tokens.
 
     `arrays` has each layer's slots in use, `layers.N` (2 keys or values, n_kv_heads, slots,
-    head_dim) and for int8 `scales.N` (2, n_kv_heads, slots). A ring of `ring` slots (0: there is
-    none) has lost the tokens before the last `ring` of the `reach` that it once had.
+    head_dim) and `scales.N` (2, n_kv_heads, slots). A ring of `ring` slots (0: there is none) has
+    lost the tokens before the last `ring` of the `reach` that it once had.
     """
 
     length: int
@@ -65,7 +68,7 @@ def _capacities(config: GemmaConfig, context: int, chunk_size: int) -> list[int]
 def count_bytes(config: GemmaConfig, context: int, kind: str, chunk_size: int) -> int:
     """The size of a KVCache."""
     heads = 2 * sum(_capacities(config, context, chunk_size)) * config.n_kv_heads
-    return heads * (config.head_dim * KINDS[kind]().itemsize + (4 if kind == "int8" else 0))
+    return heads * (config.head_dim * KINDS[kind]().itemsize + 4)
 
 
 def _zeros(streams: list[int], n_kv_heads: int, dtype: type[np.generic]) -> NDArray[Any]:
@@ -93,7 +96,7 @@ def _zeros(streams: list[int], n_kv_heads: int, dtype: type[np.generic]) -> NDAr
 
 
 class KVCache:
-    """Keys and values of `length` tokens, float16 or int8 with one scale for a head and token.
+    """Keys and values of `length` tokens, int16 or int8 with one scale for a head and token.
 
     Memory is taken from the operating system as it is first used; but if it does not have all of
     it at the beginning, that raises GemmaError.
@@ -115,7 +118,7 @@ class KVCache:
         heads = sum(self._capacities) * config.n_kv_heads
         streams = [capacity * config.head_dim for capacity in self._capacities]
         self._data = _zeros(streams, config.n_kv_heads, KINDS[kind])
-        self._scales = np.zeros((2, heads if kind == "int8" else 0), np.float32)
+        self._scales = np.zeros((2, heads), np.float32)
         self.table = self._table()
 
     def _table(self) -> NDArray[np.int64]:
@@ -126,9 +129,8 @@ class KVCache:
             values = heads * self.config.head_dim
             for column in (KEYS, VALUES):
                 table[layer, column] = self._data[column, values:].ctypes.data
-            if self.kind == "int8":
-                table[layer, KEY_SCALES] = self._scales[0, heads:].ctypes.data
-                table[layer, VALUE_SCALES] = self._scales[1, heads:].ctypes.data
+            table[layer, KEY_SCALES] = self._scales[0, heads:].ctypes.data
+            table[layer, VALUE_SCALES] = self._scales[1, heads:].ctypes.data
             table[layer, CAPACITY] = capacity
             slots += capacity
         return table
@@ -178,10 +180,10 @@ class KVCache:
         self._reach = state.length if whole else state.reach
 
     def find_overflow(self, new: int) -> int | None:
-        """The first layer of which keys, values or scales are infinite or no numbers, also of so
-        many new tokens that are not counted yet."""
+        """The first layer of which keys or values are infinite or no numbers, also of so many new
+        tokens that are not counted yet."""
         for name, array in self._arrays(self.length + new).items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
+            if name.startswith("scales") and not np.isfinite(array).all():
                 return int(name.partition(".")[2])
         return None
 
@@ -196,13 +198,13 @@ class KVCache:
         for layer, capacity in enumerate(self._capacities):
             heads = self._heads(slice(slots, slots + capacity))
             used = -(-min(length, capacity) // BLOCK) * BLOCK
-            for name, memory in zip(("layers", "scales"), heads, strict=False):
+            for name, memory in zip(("layers", "scales"), heads, strict=True):
                 arrays[f"{name}.{layer}"] = memory[:, :, :used]
             slots += capacity
         return arrays
 
     def _heads(self, slots: slice) -> list[NDArray[np.generic]]:
-        """A layer's memory, (2 keys or values, n_kv_heads, capacity, ...); scales where there are.
+        """A layer's memory and its scales, (2 keys or values, n_kv_heads, capacity, ...).
 
         Keys lie in tiles of BLOCK slots, so slots up to a multiple of BLOCK are the same memory.
         """
@@ -210,7 +212,7 @@ class KVCache:
         start, stop = slots.start * n, slots.stop * n
         data = self._data[:, start * size : stop * size].reshape(2, n, -1, size)
         scales = self._scales[:, start:stop]
-        return [data, scales.reshape(2, n, -1)] if scales.size else [data]
+        return [data, scales.reshape(2, n, -1)]
 
     def clear(self) -> None:
         self.length = self._reach = 0

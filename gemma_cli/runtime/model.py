@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gemma_cli.runtime import isa, machine_code, tables, workspace
 from gemma_cli.runtime.kv_cache import KVCache
 from gemma_cli.runtime.tables import MATRICES, NORMS, Shape, Weights
-from gemma_cli.runtime.workspace import FEW, TOKENS, Inputs, Scratch
+from gemma_cli.runtime.workspace import FEW, TOKENS, Inputs, Queries, Scratch
 from quantize import packing
 from quantize.config import GemmaConfig
 from quantize.errors import GemmaError
@@ -172,6 +172,7 @@ class Model:
         formats = self._weights.matrices[:, tables.FORMAT]
         widest = max(c.hidden_size, c.intermediate_size, heads)
         outputs = max(c.hidden_size, 2 * c.intermediate_size, heads + 2 * c.n_kv_heads * c.head_dim)
+        queries = chunk * c.n_heads // c.n_kv_heads + workspace.ROWS
         return Scratch(
             x=np.zeros((chunk, c.hidden_size), np.float32),
             h=Inputs(
@@ -182,9 +183,9 @@ class Model:
                 workspace.allocate_blocks(chunk, widest, bool((formats == tables.BF16).any())),
             ),
             outputs=rows(outputs, np.float32),
-            queries=np.zeros(
-                (c.n_kv_heads, chunk * c.n_heads // c.n_kv_heads + workspace.ROWS, c.head_dim),
-                np.float32,
+            queries=Queries(
+                np.zeros((c.n_kv_heads, queries, c.head_dim), np.int16),
+                np.zeros((c.n_kv_heads, queries), np.float32),
             ),
             panels=workspace.aligned((self.n_threads, workspace.scratch_bytes(chunk)), np.uint8),
             angles=np.zeros((2, 2, chunk, c.head_dim // 2), np.float32),
@@ -257,9 +258,8 @@ class Model:
         layers = [cache.find_overflow(length) for cache, length in pairs]
         found = [layer for layer in layers if layer is not None]
         where = f"keys and values of layer {min(found)}" if found else "activations"
-        remedy = "--kv int8 has more room for them, and " if caches[0].kind == "f16" else ""
         raise GemmaError(
-            f"{self.file.path} has {where} that are too large or not numbers: {remedy}`gemma-cli "
+            f"{self.file.path} has {where} that are too large or not numbers: `gemma-cli "
             "verify` tells whether the file is damaged."
         )
 

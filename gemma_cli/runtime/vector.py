@@ -150,9 +150,12 @@ def _maddubs(b: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
     return _call(b, name, ir.VectorType(_I16, 16), [unsigned, signed])
 
 
+def _maddwd(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return _call(b, "llvm.x86.avx2.pmadd.wd", ir.VectorType(_I32, 8), [x, y])
+
+
 def _sum_pairs(b: ir.IRBuilder, words: ir.Value) -> ir.Value:
-    ones = _const(words.type, 1)
-    return _call(b, "llvm.x86.avx2.pmadd.wd", ir.VectorType(_I32, 8), [words, ones])
+    return _maddwd(b, words, _const(words.type, 1))
 
 
 def _dot4_avx2(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
@@ -186,6 +189,30 @@ def _dot4_unsigned(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> 
     if isa.AVX512:
         return busd(512)(acc, w, x)
     return _by_part(b, 2, busd(256), acc, w, x)
+
+
+def _dot2(b: ir.IRBuilder, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    """acc[r] + sum over j of w[2 r + j] x[2 r + j], of int16; w and x: i32x16 of pairs."""
+    if isa.AVX512:
+        return _call(b, "llvm.x86.avx512.vpdpwssd.512", _VI32, [acc, w, x])
+    if isa.NAME == "avxvnni":
+        name = "llvm.x86.avx512.vpdpwssd.256"
+        return _by_part(b, 2, lambda *parts: _call(b, name, parts[0].type, parts), acc, w, x)
+    if isa.NAME == "avx2":
+        words = [b.bitcast(pairs, ir.VectorType(_I16, 2 * LANES)) for pairs in (w, x)]
+        return b.add(acc, _by_part(b, 2, lambda *parts: _maddwd(b, *parts), *words))
+    if isa.NAME == "plain":  # in the form that LLVM knows as SSE2's pmaddwd
+        wide = ir.VectorType(_I32, 2 * LANES)
+        words = [b.sext(b.bitcast(pairs, ir.VectorType(_I16, 2 * LANES)), wide) for pairs in (w, x)]
+        products = b.mul(*words)
+        evens, odds = (_choose_lanes(b, products, range(j, 2 * LANES, 2)) for j in (0, 1))
+        return b.add(acc, b.add(evens, odds))
+    for shift in (0, 16):
+        words = [
+            b.ashr(b.shl(pairs, _const(_VI32, 16 - shift)), _const(_VI32, 16)) for pairs in (w, x)
+        ]
+        acc = b.add(acc, b.mul(*words))
+    return acc
 
 
 _UNSIGNED = isa.AVX512 or isa.NAME in ("avxvnni", "i8mm")
@@ -506,6 +533,34 @@ def add_outer(typingctx: Any, acc: Any, w: Any, x: Any, stride: Any):
     return acc(acc, w, x, stride), codegen
 
 
+@intrinsic(prefer_literal=True)
+def integer_zeros(typingctx: Any, n: Any):
+    """n x i32x16 of zeros."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return ir.Constant(ir.ArrayType(_VI32, sig.return_type.count), None)
+
+    return types.UniTuple(I32X16, n.literal_value)(n), codegen
+
+
+@intrinsic
+def add_pairs(typingctx: Any, acc: Any, pairs: Any, x: Any, stride: Any):
+    """acc[t][r] + pairs[r, 0] x[t, 0] + pairs[r, 1] x[t, 1], exact while that fits int32.
+
+    acc: n x i32x16; pairs: as load_i16_pairs gives them; x: address of two int16, those of the
+    next t `stride` bytes on.
+    """
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        acc, pairs, x, stride = args
+        for t in range(sig.args[0].count):
+            pair = _splat(b, _load(b, b.add(x, b.mul(stride, _I64(t))), _I32))
+            acc = b.insert_value(acc, _dot2(b, b.extract_value(acc, t), pairs, pair), t)
+        return acc
+
+    return acc(acc, pairs, x, stride), codegen
+
+
 @intrinsic
 def store_rows(typingctx: Any, address: Any, stride: Any, rows: Any, count: Any):
     """Stores the first `count` f32x16 of `rows`, `stride` bytes apart."""
@@ -564,6 +619,17 @@ def _byte_to_float(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return b.sitofp(_load(b, address, ir.VectorType(_I8, LANES)), _VF32)
 
 
+def _widened_pairs(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    bytes_ = _load(b, address, ir.VectorType(_I8, 2 * LANES))
+    return b.bitcast(b.sext(bytes_, ir.VectorType(_I16, 2 * LANES)), _VI32)
+
+
+def _pair_to_float(b: ir.IRBuilder, pairs: ir.Value, left: int) -> ir.Value:
+    """The low halves of the lanes, if they are shifted left by 16, or the high ones."""
+    word = b.ashr(b.shl(pairs, _const(_VI32, left)), _const(_VI32, 16))
+    return b.sitofp(word, _VF32)
+
+
 def _horizontal_sum(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     while vector.type.count > 1:
         n = vector.type.count // 2
@@ -611,6 +677,18 @@ load_f32 = _unary(lambda b, a: _load(b, a, _VF32), F32X16, "16 float32 at an add
 load_f16 = _unary(_half_to_float, F32X16, "16 float16 at an address -> f32x16.")
 load_bf16 = _unary(_bfloat_to_float, F32X16, "16 bfloat16 at an address -> f32x16.")
 load_i8 = _unary(_byte_to_float, F32X16, "16 int8 at an address -> f32x16.")
+load_i16_pairs = _unary(
+    lambda b, a: _load(b, a, _VI32), I32X16, "32 int16 at an address -> i32x16, two in a lane."
+)
+load_i8_pairs = _unary(
+    _widened_pairs, I32X16, "32 int8 at an address -> i32x16, two of them in a lane, as int16."
+)
+first_of_pairs = _unary(
+    lambda b, pairs: _pair_to_float(b, pairs, 16), F32X16, "The first int16 of each lane -> f32x16."
+)
+second_of_pairs = _unary(
+    lambda b, pairs: _pair_to_float(b, pairs, 0), F32X16, "The second int16 of each lane -> f32x16."
+)
 splat = _unary(
     lambda b, x: _splat(b, _to_float(b, x)),
     F32X16,
@@ -656,51 +734,6 @@ def store_scalar(typingctx: Any, address: Any, value: Any):
 
 
 @intrinsic
-def store_f16(typingctx: Any, address: Any, stride: Any, vector: Any):
-    """Stores an f32x16 as 16 float16, `stride` bytes apart, rounded to nearest, ties to even.
-
-    What is rounded beyond 65,504 becomes infinite. A stride that is known to be 2 makes it one
-    store.
-    """
-
-    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _store_lanes(b, args[0], args[1], _float_to_half(b, args[2]))
-        return context.get_dummy_value()
-
-    return types.void(address, stride, vector), codegen
-
-
-def _store_lanes(b: ir.IRBuilder, address: ir.Value, stride: ir.Value, lanes: ir.Value) -> None:
-    for lane in range(LANES):
-        element = b.extract_element(lanes, _I32(lane))
-        _store(b, b.add(address, b.mul(stride, _I64(lane))), element)
-
-
-def _float_to_half(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    if isa.NAME != "plain":
-        return b.fptrunc(x, ir.VectorType(_HALF, LANES))
-    bits = b.bitcast(x, _VI32)
-    sign = b.and_(b.lshr(bits, _const(_VI32, 16)), _const(_VI32, 0x8000))
-    bits = b.and_(bits, _const(_VI32, 0x7FFFFFFF))
-    # The reverse of _half_to_float: correct the exponent's bias, then round at the 13th bit.
-    odd = b.and_(b.lshr(bits, _const(_VI32, 13)), _const(_VI32, 1))
-    rounding = b.add(odd, _const(_VI32, 0xFFF - (112 << 23)))
-    normal = b.lshr(b.add(bits, rounding), _const(_VI32, 13))
-    # Steps of 2^-24, as the subnormals have them: those of float32 from 0.5 on.
-    half = _const(_VF32, 0.5)
-    steps = b.fadd(b.bitcast(bits, _VF32), half)
-    subnormal = b.sub(b.bitcast(steps, _VI32), b.bitcast(half, _VI32))
-    below = b.icmp_unsigned("<", bits, _const(_VI32, (127 - 14) << 23))
-    rounded = b.select(below, subnormal, normal)
-    # What is rounded beyond 65,504 is infinite; what is no number stays none.
-    above = b.icmp_unsigned(">=", bits, _const(_VI32, 0x477FF000))
-    rounded = b.select(above, _const(_VI32, 0x7C00), rounded)
-    no_number = b.icmp_unsigned(">", bits, _const(_VI32, 0x7F800000))
-    rounded = b.select(no_number, _const(_VI32, 0x7E00), rounded)
-    return b.trunc(b.or_(rounded, sign), ir.VectorType(_I16, LANES))
-
-
-@intrinsic
 def store_bf16(typingctx: Any, address: Any, first: Any, second: Any):
     """Stores two f32x16 as 32 bfloat16, rounded to nearest, ties to even; needs AVX-512-BF16."""
 
@@ -722,23 +755,56 @@ def store_bf16_pairs(typingctx: Any, address: Any, first: Any, second: Any):
     return types.void(address, first, second), codegen
 
 
-@intrinsic
-def store_i8(typingctx: Any, address: Any, stride: Any, vector: Any):
-    """Rounds an f32x16 (|x| <= 127) to int8, ties to even, and gives the sum, int32.
+def _to_integers(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Rounded to nearest, ties to even; |x| below 2^22."""
+    magic = _const(_VF32, 12582912.0)
+    return b.fptosi(b.fsub(b.fadd(x, magic), magic), _VI32)
 
-    Stores the 16 bytes `stride` bytes apart.
-    """
+
+@intrinsic
+def round_run(typingctx: Any, address: Any, first: Any, second: Any):
+    """Stores two f32x16 (|x| <= 127) as 32 int8, rounded, ties to even; their sum, int32."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        magic = _const(_VF32, 12582912.0)
-        integers = b.fptosi(b.fsub(b.fadd(args[2], magic), magic), _VI32)
-        _store_lanes(b, args[0], args[1], b.trunc(integers, ir.VectorType(_I8, LANES)))
-        while integers.type.count > 1:
-            n = integers.type.count // 2
-            integers = b.add(_part(b, integers, 0, n), _part(b, integers, 1, n))
-        return b.extract_element(integers, _I32(0))
+        address, *vectors = args
+        first, second = (_to_integers(b, vector) for vector in vectors)
+        codes = b.trunc(_concat(b, [first, second]), ir.VectorType(_I8, 2 * LANES))
+        _store(b, address, codes)
+        total = b.add(first, second)
+        while total.type.count > 1:
+            n = total.type.count // 2
+            total = b.add(_part(b, total, 0, n), _part(b, total, 1, n))
+        return b.extract_element(total, _I32(0))
 
-    return types.int32(address, stride, vector), codegen
+    return types.int32(address, first, second), codegen
+
+
+def _store_rounded(lane: ir.Type, doc: str) -> Any:
+    @intrinsic
+    def function(typingctx: Any, address: Any, step: Any, stride: Any, vector: Any):
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+            address, step, stride, vector = args
+            lanes = b.trunc(_to_integers(b, vector), ir.VectorType(lane, LANES))
+            for i in range(LANES):
+                offset = b.add(b.mul(stride, _I64(i // 2)), b.mul(step, _I64(i % 2)))
+                _store(b, b.add(address, offset), b.extract_element(lanes, _I32(i)))
+            return context.get_dummy_value()
+
+        return types.void(address, step, stride, vector), codegen
+
+    function.__doc__ = doc
+    return function
+
+
+store_i8 = _store_rounded(
+    _I8,
+    """Stores an f32x16 (|x| <= 127) as int8, rounded, ties to even.
+
+    Of the lanes 0, 2, 4, ... each is stored `stride` bytes after the one before, and the lanes 1,
+    3, 5, ... `step` bytes after these. Strides that are known to leave no gap make it one store.
+    """,
+)
+store_i16 = _store_rounded(_I16, "As store_i8, to int16 (|x| <= 32,767).")
 
 
 @intrinsic
@@ -749,6 +815,16 @@ def fma(typingctx: Any, x: Any, y: Any, z: Any):
         return _fma(b, *args)
 
     return F32X16(x, y, z), codegen
+
+
+@intrinsic
+def larger(typingctx: Any, x: Any, y: Any):
+    """The larger of x and y in each lane, for f32x16."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return b.select(b.fcmp_ordered(">", *args), *args)
+
+    return F32X16(x, y), codegen
 
 
 def _prefetch(locality: int, doc: str) -> Any:

@@ -88,11 +88,22 @@ class Inputs(NamedTuple):
     blocks: NDArray[np.uint16]
 
 
+class Queries(NamedTuple):
+    """Queries as attention takes them: integers times a scale for each of them.
+
+    n_rows is n_tokens * n_heads / n_kv_heads, those of a key head token by token.
+    """
+
+    codes: NDArray[np.int16]  # (n_kv_heads, n_rows, head_dim)
+    scales: NDArray[np.float32]  # (n_kv_heads, n_rows)
+
+
 class AttentionScratch(NamedTuple):
     """What `attend` writes to: its threads' own memory, and partial results for `merge`."""
 
     scores: NDArray[np.float32]  # (n_threads, ROWS, SPAN)
-    weights: NDArray[np.float32]  # (n_threads, ROWS, SPAN)
+    weights: NDArray[np.int16]  # (n_threads, ROWS, SPAN)
+    weight_scales: NDArray[np.float32]  # (n_threads, ROWS)
     sums: NDArray[np.float32]  # (n_threads, ROWS + ITEM_ROWS, head_dim): a partial result, totals
     maxima: NDArray[np.float32]  # (n_threads, ROWS + ITEM_ROWS)
     divisors: NDArray[np.float32]  # (n_threads, ROWS + ITEM_ROWS)
@@ -110,7 +121,6 @@ class AMXAttentionScratch(NamedTuple):
     scores: NDArray[
         np.float32
     ]  # (n_threads, AMX_ROWS, SPAN + 16): rows in different parts of a cache
-    weights: NDArray[np.float32]  # (n_threads, SPAN), of one query
     rounded: NDArray[np.uint16]  # (n_threads, AMX_ROWS * SPAN), of all, in blocks
     sums: NDArray[np.float32]  # (n_threads, 2 a span's or total, AMX_ROWS, head_dim)
     maxima: NDArray[np.float32]  # (n_threads, 2, AMX_ROWS)
@@ -139,8 +149,7 @@ class Scratch(NamedTuple):
     x: NDArray[np.float32]  # (chunk, hidden_size), the residual stream
     h: Inputs  # of the widest matrix
     outputs: NDArray[np.float32]  # (chunk, widest set of matrix outputs)
-    # (n_kv_heads, chunk * n_heads / n_kv_heads + those that attention reads beyond, head_dim)
-    queries: NDArray[np.float32]
+    queries: Queries  # of a chunk, and as many rows as attention reads beyond
     panels: NDArray[np.uint8]  # (n_threads, scratch_bytes(chunk))
     angles: NDArray[np.float32]  # (2 global or sliding, 2 cos or sin, chunk, head_dim / 2)
     attention: AttentionScratch
@@ -181,7 +190,8 @@ def allocate_attention(n_threads: int, head_dim: int, n_partials: int) -> Attent
     rows = ROWS + ITEM_ROWS
     return AttentionScratch(
         array(n_threads, ROWS, SPAN),
-        array(n_threads, ROWS, SPAN),
+        np.zeros((n_threads, ROWS, SPAN), np.int16),
+        array(n_threads, ROWS),
         array(n_threads, rows, head_dim),
         array(n_threads, rows),
         array(n_threads, rows),
@@ -206,7 +216,6 @@ def allocate_amx_attention(n_threads: int, head_dim: int) -> AMXAttentionScratch
         aligned((n, SPAN * head_dim), np.uint16),
         aligned((n, SPAN * head_dim), np.uint16),
         aligned((n, AMX_ROWS, SPAN + 16), np.float32),
-        aligned((n, SPAN), np.float32),
         aligned((n, AMX_ROWS * SPAN), np.uint16),
         aligned((n, 2, AMX_ROWS, head_dim), np.float32),
         aligned((n, 2, AMX_ROWS), np.float32),
