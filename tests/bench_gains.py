@@ -143,7 +143,7 @@ def compare(first: Speed, second: Speed, rounds: int) -> str:
 
 
 def anonymous_memory(path: Path) -> str:
-    """MB that a process has that reads 512 tokens and decodes some, its KV cache left out."""
+    """MB that a process has that fills a context of 2,048 tokens, its KV cache left out."""
     code = (
         "import re, sys\n"
         "from pathlib import Path\n"
@@ -151,7 +151,7 @@ def anonymous_memory(path: Path) -> str:
         "from quantize.modelfile import ModelFile\n"
         "model = Model(ModelFile.open(Path(sys.argv[1])))\n"
         "cache = model.new_cache(2048)\n"
-        "model.forward(list(range(3, 515)), cache, n_best=64)\n"
+        "model.forward(list(range(3, 2043)), cache, n_best=64)\n"
         "for _ in range(8): model.forward([3], cache, n_best=64)\n"
         "status = Path('/proc/self/status').read_text()\n"
         "print(int(re.search(r'RssAnon:\\s*(\\d+)', status)[1]) * 1024 - cache.nbytes)"
