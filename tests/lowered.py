@@ -127,7 +127,7 @@ def store(b: ir.IRBuilder, address: ir.Value, offset: int, value: ir.Value) -> N
 
 def integer_functions() -> dict[str, Emit]:
     """The integer products, and what prepares codes for them."""
-    from gemma_cli.runtime import vector  # noqa: PLC0415
+    from gemma_cli.runtime import codes, vector  # noqa: PLC0415
 
     offset = {name: field[1] for name, field in CASE.fields.items()}
     offset["low"] = offset["w"] + 256
@@ -158,16 +158,16 @@ def integer_functions() -> dict[str, Emit]:
             store(b, out, 64 * t, b.extract_value(acc, t))
 
     return {
-        "dots_int4": dots(vector.dots_int4, "w", "w"),
-        "dots_codebook": dots(vector.dots_codebook, "w", "levels"),
-        "dots_int8": dots(vector.dots_int8, "w", "w"),
-        "dots_planes": dots(vector.dots_planes, "w", "low"),
-        "dots_expanded": dots(vector.dots_expanded, "w", "w"),
+        "dots_int4": dots(codes.dots_int4, "w", "w"),
+        "dots_codebook": dots(codes.dots_codebook, "w", "levels"),
+        "dots_int8": dots(codes.dots_int8, "w", "w"),
+        "dots_planes": dots(codes.dots_planes, "w", "low"),
+        "dots_expanded": dots(codes.dots_expanded, "w", "w"),
         "dots_pairs": dots_pairs,
-        "expand_int4": expand(vector.expand_int4, "w", "levels"),
-        "expand_codebook": expand(vector.expand_codebook, "w", "levels"),
-        "expand_int8": expand(vector.expand_int8, "w", "levels"),
-        "expand_planes": expand(vector.expand_planes, "w", "low"),
+        "expand_int4": expand(codes.expand_int4, "w", "levels"),
+        "expand_codebook": expand(codes.expand_codebook, "w", "levels"),
+        "expand_int8": expand(codes.expand_int8, "w", "levels"),
+        "expand_planes": expand(codes.expand_planes, "w", "low"),
     }
 
 

@@ -20,6 +20,7 @@ the low plane comes meanwhile, and together they would need more of its tiles.
 
 import math
 
+from gemma_cli.runtime.codes import dots_int4
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.layers import soft_cap
 from gemma_cli.runtime.matmul import first_tile, look_ahead, multiply_few
@@ -30,7 +31,6 @@ from gemma_cli.runtime.vector import (
     add_outer,
     add_scaled,
     address_of,
-    dots_int4,
     horizontal_max,
     horizontal_sum,
     load_f16,

@@ -20,6 +20,7 @@ the largest of 32 inputs.
 """
 
 from gemma_cli.runtime import isa, matmul_amx, matmul_panels
+from gemma_cli.runtime.codes import dots_codebook, dots_int4, dots_int8, dots_planes
 from gemma_cli.runtime.inputs import together_address
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.matrix import PREFETCH, PREFETCH_NEAR, SCALES, run_bytes, tile_address
@@ -40,10 +41,6 @@ from gemma_cli.runtime.vector import (
     add_outer,
     add_scaled,
     address_of,
-    dots_codebook,
-    dots_int4,
-    dots_int8,
-    dots_planes,
     load_bf16,
     load_f16,
     load_f32,

@@ -20,6 +20,12 @@ Expanding a tile takes as long as multiplying it by about 100 tokens.
 """
 
 from gemma_cli.runtime.amx import configure, lost, mark, multiply_blocks, release
+from gemma_cli.runtime.codes import (
+    expand_bf16,
+    expand_scaled_codebook,
+    expand_scaled_int8,
+    expand_scaled_planes,
+)
 from gemma_cli.runtime.inputs import block_address
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.matrix import SCALES, run_bytes, tile_address, tile_bytes
@@ -36,10 +42,6 @@ from gemma_cli.runtime.tables import (
 )
 from gemma_cli.runtime.vector import (
     address_of,
-    expand_bf16,
-    expand_scaled_codebook,
-    expand_scaled_int8,
-    expand_scaled_planes,
     load_f32,
     prefetch,
     store_f32,

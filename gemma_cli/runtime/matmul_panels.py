@@ -4,6 +4,14 @@ PANEL inputs of a tile at a time are expanded to bytes, once for all tokens, in 
 the L1 cache. The inputs of TOKENS tokens lie together, in the order in which they are used.
 """
 
+from gemma_cli.runtime.codes import (
+    dots_expanded,
+    dots_int8,
+    expand_codebook,
+    expand_int4,
+    expand_int8,
+    expand_planes,
+)
 from gemma_cli.runtime.inputs import together_address
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.matrix import PREFETCH, SCALES, run_bytes, tile_address
@@ -20,12 +28,6 @@ from gemma_cli.runtime.tables import (
 from gemma_cli.runtime.vector import (
     add_scaled,
     address_of,
-    dots_expanded,
-    dots_int8,
-    expand_codebook,
-    expand_int4,
-    expand_int8,
-    expand_planes,
     load_f16,
     load_f32,
     load_rows,
