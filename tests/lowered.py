@@ -32,6 +32,7 @@ from quantize.packing import LINEAR_LEVELS
 _VNNI512 = ("avx2", "fma", "f16c", "avx512vnni", "avx512bw", "avx512vl")
 TARGETS = {
     "amx": ("x86_64-unknown-linux-gnu", "sapphirerapids", "", _VNNI512),  # without permission
+    "zen4": ("x86_64-unknown-linux-gnu", "znver4", "", _VNNI512),
     "avx512vnni": ("x86_64-unknown-linux-gnu", "sapphirerapids", "", _VNNI512),
     "avxvnni": ("x86_64-unknown-linux-gnu", "alderlake", "", ("avx2", "fma", "f16c", "avxvnni")),
     "avx2": ("x86_64-unknown-linux-gnu", "haswell", "", ("avx2", "fma", "f16c")),
@@ -71,6 +72,7 @@ def pretend_cpu(name: str) -> None:
     """Makes the runtime, which is not imported yet, see a CPU with that instruction set."""
     features = llvm.FeatureMap(dict.fromkeys(TARGETS[name][3], True))
     llvm.get_host_cpu_features = lambda: features
+    llvm.get_host_cpu_name = lambda: TARGETS[name][1]
     # What Numba itself compiles here need not know more of this CPU.
     os.environ["NUMBA_CPU_NAME"] = "generic"
     with patch("platform.machine", lambda: "pretended"):
@@ -96,7 +98,7 @@ def import_isa() -> Any:
 
 def use_amx(isa: Any) -> None:
     """Has the runtime use AMX, whether it may or not."""
-    isa.NAME, isa.AMX, isa.AVX512 = "amx", True, True
+    isa.NAME, isa.AMX, isa.ZEN4, isa.AVX512 = "amx", True, False, True
 
 
 def call(b: ir.IRBuilder, intrinsic: Any, *args: ir.Value | int) -> ir.Value:
@@ -357,6 +359,8 @@ def byte_tile(values: NDArray[np.integer]) -> NDArray[np.uint8]:
 
 def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArray[np.uint8]]:
     """Cases for one of integer_functions, and what the twins make of them."""
+    from gemma_cli.runtime.codes import EXPANDED_ZERO  # noqa: PLC0415
+
     rng = np.random.default_rng(1)
     if function == "dots_pairs":
         return pair_examples(rng)
@@ -367,8 +371,9 @@ def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArr
     for case in cases:
         codes = random_codes(rng, small)
         levels = codebook[codes] if small else codes.astype(np.int64)
+        expanded = byte_tile(levels + (EXPANDED_ZERO if form in ("int4", "expanded") else 128))
         formats = {"codebook": "int4", "planes": "int8_planes"}
-        w = byte_tile(codes) if form == "expanded" else tile(formats.get(form, form), codes)
+        w = tile(formats.get(form, form), codes) if form != "expanded" else expanded
         case["w"][: w.size] = w
         case["levels"] = codebook + 128
         x = rng.integers(-127, 128, (TOKENS, 32), np.int8)
@@ -379,7 +384,7 @@ def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArr
         if task == "dots":
             results.append(twins.dots(levels, x)[..., 0].astype(np.int32))
         else:
-            results.append(byte_tile(codes if form == "int4" else levels + 128))
+            results.append(expanded)
     return cases, np.array(results)
 
 

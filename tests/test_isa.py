@@ -56,6 +56,8 @@ def run_python(home: Path, *arguments: str, **environment: str) -> str:
         ((*X86, "avx512vnni"), ["avx2", "plain"]),
         ((*X86, "avxvnni"), ["avxvnni", "avx2", "plain"]),
         ((*X86, *VNNI512), ["avx512vnni", "avx2", "plain"]),
+        ((*X86, *VNNI512, "zen4"), ["zen4", "avx512vnni", "avx2", "plain"]),
+        ((*X86, "zen4"), ["avx2", "plain"]),
         ((*X86, *VNNI512, "avxvnni"), ["avx512vnni", "avxvnni", "avx2", "plain"]),
         ((*X86, *VNNI512, *AMX), ["amx", "avx512vnni", "avx2", "plain"]),
         ((*X86, *VNNI512, *AMX[1:]), ["avx512vnni", "avx2", "plain"]),
@@ -68,9 +70,20 @@ def run_python(home: Path, *arguments: str, **environment: str) -> str:
 )
 def test_supported_sets_best_first(features: tuple[str, ...], expected: list[str]) -> None:
     assert isa.supported(dict.fromkeys(features, True)) == expected
-    every = {*X86, *VNNI512, *AMX, "avxvnni", "neon", "dotprod", "i8mm"}
+    every = {*X86, *VNNI512, *AMX, "zen4", "avxvnni", "neon", "dotprod", "i8mm"}
     absent = dict.fromkeys(every.difference(features), False)
     assert isa.supported({**absent, **dict.fromkeys(features, True)}) == expected
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [("znver3", False), ("znver4", True), ("znver5", True), ("znver10", True), ("x86-64", False)],
+)
+def test_amd_cpus_are_known_by_name(
+    monkeypatch: pytest.MonkeyPatch, cpu: str, expected: bool
+) -> None:
+    monkeypatch.setattr(isa.llvm, "get_host_cpu_name", lambda: cpu)
+    assert isa._features()["zen4"] == expected
 
 
 @pytest.mark.parametrize(
@@ -116,6 +129,7 @@ def test_amx_needs_permission(
     monkeypatch.setattr(isa, "_n_palettes", lambda: palettes)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(isa.llvm, "get_host_cpu_features", lambda: features)
+    monkeypatch.setattr(isa.llvm, "get_host_cpu_name", lambda: "sapphirerapids")
     assert isa.supported(isa._features())[0] == ("amx" if allowed else "avx512vnni")
     asked = platform == "linux" and palettes > 0
     # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
@@ -180,6 +194,7 @@ print(*geglu.inspect_asm().values())
 """
 REGISTERS = {
     "amx": {"xmm", "ymm", "zmm"},
+    "zen4": {"xmm", "ymm", "zmm"},
     "avx512vnni": {"xmm", "ymm", "zmm"},
     "avxvnni": {"xmm", "ymm"},
     "avx2": {"xmm", "ymm"},
@@ -200,6 +215,7 @@ def test_numba_keeps_to_the_set(name: str, tmp_path: Path) -> None:
 
 INSTRUCTIONS = {  # of products of bytes, and of a codebook's lookup
     "amx": (r"\svpdpbusd\s.*%zmm", r"\svpshufb\s.*%zmm"),  # of few tokens
+    "zen4": (r"\svpdpbusd\s.*%zmm", r"\svpshufb\s.*%zmm"),
     "avx512vnni": (r"\svpdpbusd\s.*%zmm", r"\svpshufb\s.*%zmm"),
     "avxvnni": (r"\{vex\}\s+vpdpbusd\s.*%ymm", r"\svpshufb\s.*%ymm"),
     "avx2": (r"\svpmaddubsw\s.*%ymm", r"\svpshufb\s.*%ymm"),
@@ -209,6 +225,7 @@ INSTRUCTIONS = {  # of products of bytes, and of a codebook's lookup
 }
 PAIRS = {  # products of words
     "amx": r"\svpdpwssd\s.*%zmm",
+    "zen4": r"\svpdpwssd\s.*%zmm",
     "avx512vnni": r"\svpdpwssd\s.*%zmm",
     "avxvnni": r"\svpmaddwd\s.*%ymm",  # which LLVM takes to be faster there with an addition
     "avx2": r"\svpmaddwd\s.*%ymm",

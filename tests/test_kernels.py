@@ -101,6 +101,12 @@ def run_matmul(counters, thread, n_threads, matrices, h, y, panels):
     matmul.matmul(counters, 0, items, thread, matrices, h, y, panels, n_threads)
 
 
+@njit(nogil=True)
+def run_matmul_gated(counters, thread, n_threads, matrices, h, gated, panels):
+    items = matmul.ITEMS * n_threads
+    matmul.matmul_gated(counters, 0, items, thread, matrices, h, gated, panels, n_threads)
+
+
 class Padded:
     """A matrix's inputs, in rows that are further apart than they are long, with rows to spare."""
 
@@ -287,6 +293,12 @@ def test_codes_of_many_tokens_lie_together(n_tokens: int) -> None:
     np.testing.assert_array_equal(rows(0, np.int8, 8), codes)
     np.testing.assert_array_equal(rows(inputs.CODES, np.float32, 1), scales)
     np.testing.assert_array_equal(rows(inputs.CODES + 4 * TOKENS, np.int32, 1), offsets)
+    if isa.ZEN4:
+        first, second = (rows(inputs.CODES + at * TOKENS, np.float32, 1) for at in (8, 12))
+        eighths = np.floor(8 * (scales / np.exp2(first) - 1))
+        assert ((eighths >= 0) & (eighths < 8)).all()
+        rest = np.where(second > -127, np.exp2(second), 0)
+        np.testing.assert_array_equal(np.exp2(first) * (1 + eighths / 8) + rest, scales)
 
 
 # Matrix products.
@@ -345,6 +357,20 @@ def test_extreme_inputs(fmt: str, group_size: int, codebook: tuple[int, ...]) ->
     x[4, :32] = 1e-30
     x[5] = 1e-20
     assert_close(multiply([m], x), m, x)
+
+
+@pytest.mark.parametrize("n_tokens", [1, TOKENS, FEW + 3])
+@pytest.mark.parametrize("fmt", ["int4", "int8", "int8_planes"])
+def test_inputs_that_are_no_numbers_give_none(fmt: str, n_tokens: int) -> None:
+    """So that an overflow further up is seen at the end (Model.forward), not a plausible text."""
+    rng = np.random.default_rng(9)
+    m = random_matrix(rng, fmt, 20, 128)
+    for nothing in (np.nan, np.inf, -np.inf):
+        x = random_inputs(rng, n_tokens, 128)
+        x[0] = nothing
+        y = multiply([m], x)[:, : m.n_out]
+        assert not np.isfinite(y[0]).any()
+        assert np.isfinite(y[1:]).all()
 
 
 def side_by_side(rng: np.random.Generator, n_in: int) -> list[twins.Matrix]:
@@ -408,6 +434,39 @@ def test_products_of_many_inputs_and_tiles(fmt: str) -> None:
     assert_close(y, m, x)
     if not isa.AMX:
         np.testing.assert_array_equal(y[:2], multiply([m], x[:2]))
+
+
+@pytest.mark.skipif(isa.AMX, reason="AMX takes the steps one by one")
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize(("n_out", "n_tokens"), [(32, FEW + 1), (96, 33), (2080, FEW + 7)])
+def test_geglu_at_once_gives_the_bits_of_its_steps(
+    n_out: int, n_tokens: int, n_threads: int
+) -> None:
+    rng = np.random.default_rng(31)
+    n_in = workspace.PANEL + 128
+    gate = random_matrix(rng, "int4", n_out, n_in, 64, IQ4_NL_LEVELS)
+    matrices = [gate, random_matrix(rng, "int8_planes", n_out, n_in, 128)]
+    x = (rng.standard_normal((n_tokens, n_in)) / 1000).astype(np.float32)
+    y = multiply(matrices, x)
+    gated = np.empty((n_tokens, n_out), np.float32)
+    from_python(layers.geglu)(*(half.copy().ravel() for half in np.split(y, 2, 1)), gated.ravel())
+    assert (np.abs(y[:, :n_out]) < 3).mean() > 0.1, "where gelu is no straight line"
+    expected = Padded(gated).blocks
+
+    h, result = Padded(x), Padded(np.zeros_like(gated))
+    result.blocks[:] = 99
+    n_bytes = workspace.scratch_bytes(n_tokens)
+    panels = np.full((n_threads, n_bytes + 64 * BEYOND), 99, np.uint8)
+    codebooks = np.empty((2, 16), np.uint8)
+    table, counters = addresses(matrices, codebooks), workspace.counters(1)
+    on_threads(
+        n_threads,
+        lambda thread: run_matmul_gated(
+            counters, thread, n_threads, table, h.inputs, result.inputs, panels[:, :n_bytes]
+        ),
+    )
+    np.testing.assert_array_equal(result.blocks, expected)
+    assert (panels[:, n_bytes:] == 99).all()
 
 
 def test_weights_are_only_read(tmp_path: Path) -> None:

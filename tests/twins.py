@@ -80,13 +80,24 @@ def floating(fmt: str, weights: Float32) -> Matrix:
 
 def quantize_row(x: Float32) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
     """Codes, scales and offsets, those of 32 inputs each, of rows (n_tokens, n_in)."""
+    from gemma_cli.runtime import isa  # noqa: PLC0415 - lowered.py pretends another before
+
     runs = x.reshape(len(x), -1, 32)
-    largest = np.abs(runs).max(-1)
-    some = largest > np.float32(1e-30)
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=some)
-    codes = np.rint(runs * inverse[..., None])
+    scales = np.maximum(np.abs(runs).max(-1) / np.float32(127), np.float32(2.0**-100))
+    if isa.ZEN4:
+        scales = round_scales(scales)
+    codes = np.rint(runs * (np.float32(1) / scales)[..., None])
     offsets = (-128 * codes.sum(-1)).astype(np.int32)
-    return codes.astype(np.int8).reshape(x.shape), largest / np.float32(127), offsets
+    return codes.astype(np.int8).reshape(x.shape), scales, offsets
+
+
+def round_scales(scales: Float32) -> Float32:
+    """The next larger of 8, 9, ... 15 times a power of 2, and one more power of 2."""
+    fraction, exponent = np.frexp(scales.astype(np.float64))
+    eighths = np.floor(16 * fraction) / 16
+    rest, more = np.frexp(fraction - eighths)
+    power = np.where(rest > 0, np.ldexp(1.0, more - (rest == 0.5)), 0)
+    return np.ldexp(eighths + power, exponent).astype(np.float32)
 
 
 def dots(levels: NDArray[np.int64], codes: NDArray[np.int8]) -> NDArray[np.int64]:

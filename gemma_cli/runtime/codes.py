@@ -13,8 +13,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from gemma_cli.runtime import emit, isa
-from gemma_cli.runtime.emit import I8, I16, I32, LANES, SIDE_BY_SIDE, VF32, VI8, VI32
+from gemma_cli.runtime.emit import F32, I8, I16, I32, I64, LANES, SIDE_BY_SIDE, VF32, VI8, VI32
 from gemma_cli.runtime.vector import I32X16
+from gemma_cli.runtime.workspace import CODES, TABLE
 
 
 def _broadcast4(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -135,6 +136,10 @@ def _dot_products(
     signed bytes, and for bytes that are both, that is the sum of w x and the offset, or a sixteenth
     of it; elsewhere the bytes are made signed first.
     """
+    if _UNSIGNED and zero == 8 and n > 1:
+        # An offset that is taken as it is comes with its load alone; a sixteenth is two more
+        # instructions for each token.
+        weights, zero = [b.add(w, emit.const(VI8, 120)) for w in weights], 128
     acc = [emit.const(VI32, 0) for _ in range(n)]
     if _UNSIGNED or zero == 8:
         for t in range(n):
@@ -223,8 +228,6 @@ dots_int4 = _dots(
     -> n x i32x16.
     """,
 )
-
-
 dots_codebook = _dots(
     _codebook_bytes,
     128,
@@ -234,8 +237,6 @@ dots_codebook = _dots(
     other: address of 16 bytes, the codebook's int8 levels + 128.
     """,
 )
-
-
 dots_int8 = _dots(
     lambda b, w, other: _int8_bytes(b, w),
     128,
@@ -245,20 +246,19 @@ dots_int8 = _dots(
     w: address of 8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j.
     """,
 )
-
-
 dots_planes = _dots(
     _planes_bytes,
     128,
     False,
     "As dots_int8, of high nibbles and, at `other`, of low ones, both as in dots_int4.",
 )
-
+EXPANDED_ZERO = 128 if _UNSIGNED else 8
+"""What expand_int4 has for 0."""
 
 dots_expanded = _dots(
     lambda b, w, other: _int8_bytes(b, w),
-    8,
-    True,
+    EXPANDED_ZERO,
+    not _UNSIGNED,
     "As dots_int4, of codes that expand_int4 has laid out.",
 )
 
@@ -278,26 +278,70 @@ def _expand(unpack: Callable[..., list[ir.Value]], doc: str) -> Any:
 
 
 expand_int4 = _expand(
-    lambda b, w, other: _int4_bytes(b, w),
+    lambda b, w, other: [
+        b.add(codes, emit.const(VI8, EXPANDED_ZERO - 8)) for codes in _int4_bytes(b, w)
+    ],
     "32 inputs of int4 codes, `w` as in dots_int4, to 8 x 64 bytes at `target`.",
 )
-
-
 expand_codebook = _expand(
     _codebook_bytes, "As expand_int4, to the levels + 128 of a codebook, as in dots_codebook."
 )
-
-
 expand_int8 = _expand(
     lambda b, w, other: _int8_bytes(b, w),
     "The bytes of dots_int8, as they are: at addresses that are multiples of 64 they are near.",
 )
-
-
 expand_planes = _expand(
     _planes_bytes,
     "32 inputs of high nibbles and, at `other`, of low ones to the bytes of dots_int8.",
 )
+
+
+@intrinsic
+def expand_scales(typingctx: Any, scales: Any, target: Any):
+    """16 float16 scales to TABLE bytes at `target`: float32, times 1, 1 + 1/8, 1 + 2/8, ...."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        scales, target = args
+        scale = emit.half_to_float(b, scales)
+        for i in range(TABLE // 64):
+            row = b.fmul(scale, emit.const(VF32, 1 + i / 8))
+            emit.store(b, emit.offset(b, target, 64 * i), row)
+        return context.get_dummy_value()
+
+    return types.void(scales, target), codegen
+
+
+@intrinsic
+def add_by_table(typingctx: Any, acc: Any, dots: Any, w: Any, x: Any):
+    """As vector.add_scaled, by scales that need no multiplication; for ZEN4.
+
+    w: address of a run's codes and scales, expanded; x: of the inputs that lie together, whose
+    scales are each 2^j (1 + i / 8) + 2^k with i < 8, or without the last. The product of two
+    scales is row i of the weights' times 2^j and row 0 times 2^k, both exact, and the sum is
+    rounded as the product would be.
+    """
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        acc, dots, w, x = args
+        n = sig.args[0].count
+        table, scales, exponents = (
+            emit.offset(b, *at) for at in ((w, 512), (x, CODES), (x, 40 * n))
+        )
+
+        def scaled(row: ir.Value, exponent: int) -> ir.Value:
+            power = emit.splat(b, emit.load(b, emit.offset(b, exponents, 4 * exponent), F32))
+            arguments = [emit.load(b, row, VF32), power, emit.const(VF32, 0), I16(-1), I32(4)]
+            return emit.call(b, "llvm.x86.avx512.mask.scalef.ps.512", VF32, arguments)
+
+        for t in range(n):
+            high = b.zext(emit.load(b, emit.offset(b, scales, 4 * t + 2), I16), I64)
+            row = b.shl(b.and_(high, I64(0x70)), I64(2))  # of a float32's bits 20 to 22
+            factor = b.fadd(scaled(b.add(table, row), t), scaled(table, n + t))
+            value = b.sitofp(b.extract_value(dots, t), VF32)
+            acc = b.insert_value(acc, emit.fma(b, factor, value, b.extract_value(acc, t)), t)
+        return acc
+
+    return acc(acc, dots, w, x), codegen
 
 
 def _expand_scaled(unpack: Callable[..., list[ir.Value]], doc: str) -> Any:
@@ -340,14 +384,10 @@ expand_scaled_codebook = _expand_scaled(
     2 k + 1 of each of the 16 rows of w, side by side.
     """,
 )
-
-
 expand_scaled_int8 = _expand_scaled(
     lambda b, w, other: _int8_bytes(b, w),
     "As expand_scaled_codebook, of the bytes of dots_int8.",
 )
-
-
 expand_scaled_planes = _expand_scaled(
     _planes_bytes, "As expand_scaled_codebook, of the planes of dots_planes."
 )

@@ -37,6 +37,7 @@ from gemma_cli.runtime.workspace import FEW, STAGES
 
 _many = attention_amx if isa.AMX else attention
 
+_GATES_AT_ONCE = not isa.AMX  # a constant to Numba, which compiles no more than is run
 GATE_PART = 2048  # outputs of GeGLU that one thread computes at once
 
 
@@ -175,7 +176,7 @@ def forward(
     items = matmul.ITEMS * n_threads
     h = some_inputs(scratch.h, n, s.hidden_size)
     mixed = some_inputs(scratch.h, n, s.n_heads * s.head_dim)
-    gated = some_inputs(scratch.h, n, ffn)
+    gated = some_inputs(scratch.gated, n, ffn)
     queries = attention.some_queries(scratch.queries, 0, n * (s.n_heads // s.n_kv_heads))
 
     _start_token(counters, 0, n, thread, s, weights, scratch, tokens, starts, positions, h)
@@ -248,9 +249,15 @@ def forward(
             eps,
             h,
         )
-        matmul.matmul(counters, row + 6, items, thread, w[GATE : UP + 1], h, y, panels, n_threads)
-        parts = (ffn + GATE_PART - 1) // GATE_PART
-        _gate_part(counters, row + 7, n * parts, thread, y, gated)
+        gate_up = w[GATE : UP + 1]
+        if _GATES_AT_ONCE and n > FEW and matmul.gates_at_once(gate_up, w[DOWN : DOWN + 1]):
+            matmul.matmul_gated(
+                counters, row + 6, items, thread, gate_up, h, gated, panels, n_threads
+            )
+        else:
+            matmul.matmul(counters, row + 6, items, thread, gate_up, h, y, panels, n_threads)
+            parts = (ffn + GATE_PART - 1) // GATE_PART
+            _gate_part(counters, row + 7, n * parts, thread, y, gated)
         matmul.matmul(
             counters, row + 8, items, thread, w[DOWN : DOWN + 1], gated, y, panels, n_threads
         )

@@ -6,7 +6,10 @@ many tokens are bfloat16 instead. For bf16 weights, which are exact, each become
 which holds what those before lack: together they have the 24 bits of a float32.
 """
 
+import numpy as np
+
 from gemma_cli.runtime import isa
+from gemma_cli.runtime.isa import ZEN4
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.vector import (
     absolute,
@@ -21,7 +24,15 @@ from gemma_cli.runtime.vector import (
     store_bf16,
     store_scalar,
 )
-from gemma_cli.runtime.workspace import BLOCK, CODES, FEW, STEP, TOGETHER, TOKENS, Inputs
+from gemma_cli.runtime.workspace import (
+    BLOCK,
+    CODES,
+    FEW,
+    STEP,
+    TOGETHER,
+    TOKENS,
+    Inputs,
+)
 
 
 @kernel
@@ -37,20 +48,63 @@ def some_inputs(h, n_tokens, n_in):
     )
 
 
+SMALLEST_SCALE = 2.0**-100
+"""Of inputs: its inverse is finite, and beside it times a float16 that times 2^-127 is nothing."""
+
+
+@kernel
+def _bits(x):
+    return np.int64(np.float32(x).view(np.uint32))
+
+
+@kernel
+def _float(bits):
+    return np.uint32(bits).view(np.float32)
+
+
+@kernel
+def _eighths(scale):
+    """The largest 2^j (1 + i / 8) that is no larger than a scale."""
+    return _float(_bits(scale) & 0xFFF00000)
+
+
+@kernel
+def _exponent(x):
+    """The largest j for which 2^j is no larger than x, -127 for 0, NaN for what is not finite."""
+    return np.float32((_bits(x) >> 23) - 127) + 0 * x
+
+
+@kernel
+def _round_scale(scale):
+    """The next larger 2^j (1 + i / 8) + 2^k, for `codes.add_by_table`: a fiftieth on average."""
+    part = _eighths(scale)
+    return part + _float(_bits(scale - part) + 2**23 - 1 >> 23 << 23)
+
+
+@kernel
+def _quantize_run(first, second, codes):
+    """Rounds 32 inputs, two f32x16, to int8 at the address `codes`; their scale and offset."""
+    scale = horizontal_max(larger(absolute(first), absolute(second))) / np.float32(127)
+    if scale < SMALLEST_SCALE:
+        scale = np.float32(SMALLEST_SCALE)
+    if ZEN4:
+        scale = _round_scale(scale)
+    inverse = splat(1 / scale)
+    return scale, -128 * round_run(codes, first * inverse, second * inverse)
+
+
 @kernel
 def quantize_row(x, codes, scales, offsets):
     """Rounds one row of inputs to int8, with one scale for 32 of them.
 
     x: float32 (n,), n a multiple of 32 -> codes int8 (n,); scales float32 (n / 32,), the largest
-    magnitude / 127; offsets int32 (n / 32,), -128 times the codes' sum. x is about scale * code.
+    magnitude / 127 or, for ZEN4, a little more; offsets int32 (n / 32,), -128 times the codes' sum.
+    x is about scale * code.
     """
     source, target = address_of(x), address_of(codes)
     for g in range(scales.size):
         first, second = load_f32(source + 128 * g), load_f32(source + 128 * g + 64)
-        largest = horizontal_max(larger(absolute(first), absolute(second)))
-        scales[g] = largest / 127
-        inverse = splat(127 / largest if largest > 1e-30 else 0.0)
-        offsets[g] = -128 * round_run(target + 32 * g, first * inverse, second * inverse)
+        scales[g], offsets[g] = _quantize_run(first, second, target + 32 * g)
 
 
 @kernel
@@ -72,6 +126,30 @@ def together_address(h, t, i):
 
 
 @kernel
+def _put_together(h, t, i, codes, scale, offset):
+    """Stores what 32 inputs of a token are rounded to where it lies with that of other tokens."""
+    target = together_address(h, t, i) + t % TOKENS * 4
+    for run in range(8):
+        store_scalar(target + 4 * TOKENS * run, load_scalar(codes + 4 * run))
+    store_scalar(target + CODES, scale)
+    store_scalar(target + CODES + 4 * TOKENS, np.int32(offset).view(np.float32))
+    if ZEN4:
+        part = _eighths(scale)
+        store_scalar(target + CODES + 8 * TOKENS, _exponent(part))
+        store_scalar(target + CODES + 12 * TOKENS, _exponent(scale - part))
+
+
+@kernel
+def round_together(h, t, i, first, second, memory):
+    """Rounds a token's inputs i to i + 31, two f32x16, to the blocks alone.
+
+    memory: address of 32 bytes to work in.
+    """
+    scale, offset = _quantize_run(first, second, memory)
+    _put_together(h, t, i, memory, scale, offset)
+
+
+@kernel
 def _round_to_codes(h, t, start, stop):
     runs = slice(start // 32, stop // 32)
     quantize_row(
@@ -79,14 +157,9 @@ def _round_to_codes(h, t, start, stop):
     )
     if len(h.values) == 1:
         return
-    codes = address_of(h.codes[t])
-    scales, offsets = address_of(h.scales[t]), address_of(h.offsets[t])
     for i in range(start, stop, 32):
-        target = together_address(h, t, i) + t % TOKENS * 4
-        for run in range(8):
-            store_scalar(target + 4 * TOKENS * run, load_scalar(codes + i + 4 * run))
-        store_scalar(target + CODES, load_scalar(scales + i // 8))
-        store_scalar(target + CODES + 4 * TOKENS, load_scalar(offsets + i // 8))
+        codes = address_of(h.codes[t]) + i
+        _put_together(h, t, i, codes, h.scales[t, i // 32], h.offsets[t, i // 32])
 
 
 @kernel

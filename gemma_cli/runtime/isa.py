@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import llvmlite.binding as llvm
 
 from quantize.errors import GemmaError
 
-NAMES = ("amx", "avx512vnni", "avxvnni", "avx2", "i8mm", "neon", "plain")
+NAMES = ("amx", "zen4", "avx512vnni", "avxvnni", "avx2", "i8mm", "neon", "plain")
 
 MACHINE = {"x86_64": "x86", "amd64": "x86", "aarch64": "arm", "arm64": "arm"}.get(
     platform.machine().lower(), "other"
@@ -35,6 +36,8 @@ def _features() -> dict[str, bool]:
         features |= linux_arm_features(Path("/proc/cpuinfo").read_text())
     if MACHINE == "arm" and sys.platform == "darwin":
         features |= {name: _apple_has(apple) for name, (_, apple) in _ARM_FEATURES.items()}
+    # What the CPU can do says nothing of which units do it.
+    features["zen4"] = re.fullmatch(r"znver([4-9]|\d\d)", llvm.get_host_cpu_name()) is not None
     if features.get("amx-tile") and not _may_use_tiles():
         features["amx-tile"] = False
     return features
@@ -92,6 +95,7 @@ def supported(features: dict[str, bool]) -> list[str]:
     vnni = avx2 and all(features.get(n, False) for n in ("avx512vnni", "avx512bw", "avx512vl"))
     runs = {
         "amx": vnni and all(features.get(n, False) for n in ("amx-tile", "amx-bf16", "avx512bf16")),
+        "zen4": vnni and features.get("zen4", False),
         "avx512vnni": vnni,
         "avxvnni": avx2 and features.get("avxvnni", False),
         "avx2": avx2,
@@ -115,6 +119,7 @@ def _choose() -> str:
 
 
 _DROPPED = {
+    "zen4": ("amx",),
     "avx512vnni": ("amx",),
     "avxvnni": ("avx512", "amx"),
     "avx2": ("avx512", "amx", "avxvnni"),
@@ -137,7 +142,7 @@ def _tell_numba(name: str, runs: list[str], features: dict[str, bool]) -> None:
     if forced:
         os.environ["NUMBA_CPU_NAME"] = "generic" if MACHINE == "arm" else "x86-64-v3"
     dropped = _DROPPED.get(name, ())
-    kept = {n: on and not n.startswith(dropped) for n, on in features.items()}
+    kept = {n: on and not n.startswith(dropped) for n, on in features.items() if n != "zen4"}
     os.environ["NUMBA_CPU_FEATURES"] = ",".join(
         f"{'+' if on else '-'}{n}" for n, on in kept.items()
     )
@@ -151,4 +156,8 @@ NAME = _choose()
 AMX = NAME == "amx"
 """Whether many tokens are multiplied by matrix units, few by what "avx512vnni" has."""
 
-AVX512 = NAME in ("amx", "avx512vnni")
+ZEN4 = NAME == "zen4"
+"""As "avx512vnni", where additions and scaling by powers of 2 have units of their own, which dot
+products do not need: AMD's CPUs since then. Intel's have the same for all of them."""
+
+AVX512 = NAME in ("amx", "zen4", "avx512vnni")

@@ -64,19 +64,22 @@ def rotate(x, cos, sin, factor):
 
 
 @kernel
-def geglu(gate, up, y):
-    """y = gelu(gate) * up (Shazeer 2020, arXiv:2002.05202), gelu with its tanh approximation.
+def gated(g, up):
+    """gelu(g) * up (Shazeer 2020, arXiv:2002.05202) of f32x16, gelu with its tanh approximation.
 
     gelu(g) = g / 2 (1 + tanh(u)) = g / (1 + exp(-2 u)), u = sqrt(2 / pi) (g + 0.044715 g^3).
-    gate, up, y: float32 (n,), n a multiple of 16.
     """
+    factor, one = splat(-2.0 * math.sqrt(2.0 / math.pi)), splat(1.0)
+    u = factor * g * fma(splat(0.044715), g * g, one)
+    return g / (one + exp(u)) * up
+
+
+@kernel
+def geglu(gate, up, y):
+    """y = gelu(gate) * up; float32 (n,), n a multiple of 16."""
     gates, ups, target = address_of(gate), address_of(up), address_of(y)
-    one, cubic = splat(1.0), splat(0.044715)
-    factor = splat(-2.0 * math.sqrt(2.0 / math.pi))
     for i in range(0, 4 * y.size, 64):
-        g = load_f32(gates + i)
-        u = factor * g * fma(cubic, g * g, one)
-        store_f32(target + i, g / (one + exp(u)) * load_f32(ups + i))
+        store_f32(target + i, gated(load_f32(gates + i), load_f32(ups + i)))
 
 
 @kernel

@@ -222,3 +222,24 @@ def matmul(item, thread, matrices, h, y, panels, n_threads):
         else:
             multiply_few(matrix, first, last, h, out, y_stride)
         before += n_tiles
+
+
+@kernel
+def gates_at_once(gate_up, down):
+    """Whether `matmul_gated` does these matrices; each int64 (n_matrices, N_COLUMNS)."""
+    fit = down[0, FORMAT] in matmul_panels.FORMATS
+    for matrix in gate_up:
+        fit &= matrix[FORMAT] in matmul_panels.FORMATS
+    return fit
+
+
+@stage
+def matmul_gated(item, thread, matrices, h, gated, panels, n_threads):
+    """GeGLU of the products with two matrices, for more tokens than FEW, rounded for the next.
+
+    Does one of ITEMS * n_threads items. matrices, h, panels: as in matmul; gated: Inputs of width
+    16 times the tiles of a matrix, of which the blocks are filled, other memory than those of h.
+    """
+    pairs = matrices[0, N_TILES] // 2  # of tiles: 32 inputs of the next product
+    start, stop = first_tile(item, pairs, n_threads), first_tile(item + 1, pairs, n_threads)
+    matmul_panels.multiply_gated(matrices, 2 * start, 2 * stop, h, gated, panels[thread])

@@ -173,15 +173,18 @@ class Model:
         widest = max(c.hidden_size, c.intermediate_size, heads)
         outputs = max(c.hidden_size, 2 * c.intermediate_size, heads + 2 * c.n_kv_heads * c.head_dim)
         queries = chunk * c.n_heads // c.n_kv_heads + workspace.ROWS
+        exact = bool((formats == tables.BF16).any())
+        h = Inputs(
+            rows(widest, np.float32),
+            rows(widest, np.int8),
+            rows(widest // 32, np.float32),
+            rows(widest // 32, np.int32),
+            workspace.allocate_blocks(chunk, max(c.hidden_size, heads), exact),
+        )
         return Scratch(
             x=np.zeros((chunk, c.hidden_size), np.float32),
-            h=Inputs(
-                rows(widest, np.float32),
-                rows(widest, np.int8),
-                rows(widest // 32, np.float32),
-                rows(widest // 32, np.int32),
-                workspace.allocate_blocks(chunk, widest, bool((formats == tables.BF16).any())),
-            ),
+            h=h,
+            gated=h._replace(blocks=workspace.allocate_blocks(chunk, c.intermediate_size, exact)),
             outputs=rows(outputs, np.float32),
             queries=Queries(
                 np.zeros((c.n_kv_heads, queries, c.head_dim), np.int16),

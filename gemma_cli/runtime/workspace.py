@@ -17,9 +17,14 @@ TOKENS = 8 if isa.AVX512 else 4
 FEW = 16
 """Tokens up to which codes of weights are used as they are read."""
 
-CODES, TOGETHER = 32 * TOKENS, 40 * TOKENS
-"""Bytes of the codes of 32 inputs of TOKENS tokens, and with their scales and offsets."""
+CODES, TOGETHER = 32 * TOKENS, (48 if isa.ZEN4 else 40) * TOKENS
+"""Bytes of the codes of 32 inputs of TOKENS tokens, and with what lies there besides (Inputs)."""
 
+TABLE = 512 if isa.ZEN4 else 64
+"""Bytes of 16 scales of weights, expanded (`codes.expand_scales`)."""
+
+EXPANDED = 512 + TABLE
+"""Bytes of 32 inputs of a tile, expanded: codes and then scales."""
 
 # Of AMX.
 
@@ -34,8 +39,9 @@ STEP = 2 * TILE
 
 # Of matrix products: of vectors, and of AMX.
 
-PANEL = 1024
-"""Inputs of a tile that are expanded at once, a multiple of every group size: 16 KB."""
+PANEL = 512
+"""Inputs of a tile that are expanded at once, a multiple of every group size: with their scales up
+to 16 KB."""
 
 SIDE = 8
 """Tiles that go through the inputs side by side, so that these come from the L2 cache."""
@@ -84,7 +90,7 @@ class Inputs(NamedTuple):
     offsets: NDArray[np.int32]  # (n_tokens, n_in / 32)
     # For matrix units bfloat16: a row for each part, (n_tokens / BLOCK rounded up, n_in / 32, BLOCK
     # tokens, 32 inputs). Else one row, (n_tokens / TOKENS rounded up, n_in / 32, TOGETHER bytes):
-    # codes (8, TOKENS, 4 inputs), then scales and offsets (TOKENS,).
+    # codes (8, TOKENS, 4 inputs), then scales, offsets and, for ZEN4, exponents (2, TOKENS).
     blocks: NDArray[np.uint16]
 
 
@@ -143,11 +149,13 @@ class HeadScratch(NamedTuple):
 class Scratch(NamedTuple):
     """Intermediate values of a chunk; `h` and `outputs` serve matrices of every width.
 
-    `h` has rows to spare up to a multiple of TOKENS.
+    `h` has rows to spare up to a multiple of TOKENS. Of `gated` only the blocks are memory of its
+    own, since it is filled while `h` is read.
     """
 
     x: NDArray[np.float32]  # (chunk, hidden_size), the residual stream
     h: Inputs  # of the widest matrix
+    gated: Inputs  # of the feed-forward output
     outputs: NDArray[np.float32]  # (chunk, widest set of matrix outputs)
     queries: Queries  # of a chunk, and as many rows as attention reads beyond
     panels: NDArray[np.uint8]  # (n_threads, scratch_bytes(chunk))
@@ -178,7 +186,7 @@ def scratch_bytes(n_tokens: int) -> int:
         n_blocks = -(-n_tokens // BLOCK)
         sums = AMX_SIDE // AMX_PAIR * n_blocks * BLOCK * AMX_ROW
         return LINE + AMX_PANEL // 32 * STEP + sums
-    return 16 * PANEL + SIDE * -(-n_tokens // TOKENS) * TOKENS * ROW
+    return PANEL // 32 * EXPANDED + SIDE * -(-n_tokens // TOKENS) * TOKENS * ROW
 
 
 def allocate_attention(n_threads: int, head_dim: int, n_partials: int) -> AttentionScratch:
