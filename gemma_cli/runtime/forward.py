@@ -7,6 +7,9 @@ For each layer, with x the residual stream in float32:
 
 where h = attn_norm(x), h' = ffn_norm(x); Gemma 1 has no post norms, only Gemma 3 normalizes
 queries and keys (Gemma 1: arXiv:2403.08295; 2: arXiv:2408.00118; 3: arXiv:2503.19786).
+
+Of the last layer, tokens whose logits are not wanted need keys and values alone: while a prompt is
+read, that is nearly all of them, and the rest of this layer is left out for them.
 """
 
 import numpy as np
@@ -130,10 +133,24 @@ def _gate_part(item, thread, gate_up, h):
 
 
 @stage
-def _last_norm(row, thread, x, wanted, norm, eps, h):
-    """The final norm of a token whose logits are wanted."""
-    rms_norm(x[wanted[row]], norm, eps, h.values[row])
-    round_inputs(h, row, 0, h.values.shape[1])
+def _move_wanted(item, thread, s, starts, wanted_starts, x, queries):
+    """Has the tokens whose logits are wanted trade places with those at the beginning.
+
+    One item, since the order matters: none lands on one that is still to be moved. Nothing of x is
+    lost, in which what overflowed has to be found.
+    """
+    group = s.n_heads // s.n_kv_heads
+    for t in range(wanted_starts[-1]):
+        sequence = attention.sequence_of(t, wanted_starts)
+        source = starts[sequence + 1] - wanted_starts[sequence + 1] + t
+        for i in range(x.shape[1]):
+            x[t, i], x[source, i] = x[source, i], x[t, i]
+        for key_head in range(s.n_kv_heads):
+            for r in range(group):
+                to, at = t * group + r, source * group + r
+                queries.scales[key_head, to] = queries.scales[key_head, at]
+                for i in range(s.head_dim):
+                    queries.codes[key_head, to, i] = queries.codes[key_head, at, i]
 
 
 @stage
@@ -156,7 +173,8 @@ def forward(
     starts,
     positions,
     n_best,
-    wanted,
+    wanted_starts,
+    wanted_positions,
     logits,
 ):
     """Runs tokens and appends them to their caches, those of one sequence or several.
@@ -166,13 +184,14 @@ def forward(
     int64 (n_sequences, n_layers, kv_cache.N_COLUMNS), all of one kind; tokens: int32 (n_tokens,),
     at most a chunk, those of each sequence one after the other; starts: int64 (n_sequences + 1,),
     the first of each sequence's, and n_tokens; positions: int64 (n_sequences,), of these first
-    ones. wanted: int64 (n_wanted,), which tokens' logits are wanted, rising; logits: float32,
-    n_wanted rows or more of 16 x the embedding's tiles; with n_best, which is at most these tiles,
-    those that cannot be among the n_best largest may be -inf.
+    ones. wanted_starts, wanted_positions: the same of the tokens whose logits are wanted, the last
+    of each sequence or none. logits: float32, a row or more for each of them, of 16 x the
+    embedding's tiles; with n_best, which is at most these tiles, those that cannot be among the
+    n_best largest may be -inf.
     """
-    n, n_wanted, ffn = tokens.size, wanted.size, s.intermediate_size
+    n, n_wanted, ffn = tokens.size, wanted_starts[-1], s.intermediate_size
     eps, matrices = s.rms_norm_eps, weights.matrices
-    y, x, panels = scratch.outputs[:n], scratch.x[:n], scratch.panels
+    y, x, panels = scratch.outputs, scratch.x, scratch.panels
     items = matmul.ITEMS * n_threads
     h = some_inputs(scratch.h, n, s.hidden_size)
     mixed = some_inputs(scratch.h, n, s.n_heads * s.head_dim)
@@ -201,6 +220,15 @@ def forward(
             is_int8,
             queries,
         )
+        if layer == s.n_layers - 1 and n_wanted < n:
+            if not n_wanted:
+                return
+            _move_wanted(counters, row + 10, 1, thread, s, starts, wanted_starts, x, queries)
+            n, starts, positions = n_wanted, wanted_starts, wanted_positions
+            h = some_inputs(scratch.h, n, s.hidden_size)
+            mixed = some_inputs(scratch.h, n, s.n_heads * s.head_dim)
+            gated = some_inputs(scratch.gated, n, ffn)
+            queries = attention.some_queries(scratch.queries, 0, n * (s.n_heads // s.n_kv_heads))
         if n <= FEW:
             attention.attend_spans(
                 counters,
@@ -278,13 +306,9 @@ def forward(
 
     if n_wanted:
         row = 1 + STAGES * s.n_layers
-        embedding, norm = matrices[7 * s.n_layers :], weights.norms[s.n_layers, ATTN_NORM]
-        last = some_inputs(scratch.h, n_wanted, s.hidden_size)
-        if n_wanted < n:  # Else they are there.
-            _last_norm(counters, row, n_wanted, thread, x, wanted, norm, eps, last)
-        row += 1
+        embedding = matrices[7 * s.n_layers :]
         if n_best and n_wanted == 1 and embedding[0, FORMAT] == PLANES:
-            head.prepare(counters, row, 1, thread, last, scratch.head)
+            head.prepare(counters, row, 1, thread, h, scratch.head)
             head.rank(
                 counters,
                 row + 1,
@@ -292,7 +316,7 @@ def forward(
                 thread,
                 embedding,
                 s.vocab_size,
-                last,
+                h,
                 scratch.head,
                 n_threads,
             )
@@ -303,7 +327,7 @@ def forward(
                 n_best,
                 thread,
                 embedding,
-                last,
+                h,
                 scratch.head,
                 s.final_soft_cap,
                 logits[0],
@@ -315,12 +339,12 @@ def forward(
                 thread,
                 embedding,
                 n_best,
-                last,
+                h,
                 scratch.head,
                 s.final_soft_cap,
                 logits[0],
                 n_threads,
             )
         else:
-            matmul.matmul(counters, row, items, thread, embedding, last, logits, panels, n_threads)
+            matmul.matmul(counters, row, items, thread, embedding, h, logits, panels, n_threads)
             _cap_token(counters, row + 1, n_wanted, thread, logits, s.final_soft_cap)

@@ -205,23 +205,29 @@ class Model:
         self,
         runs: Sequence[NDArray[np.int32]],
         caches: Sequence[KVCache],
-        wanted: NDArray[np.int64],
+        wanted: Sequence[int],
         logits: NDArray[np.float32],
         n_best: int = 0,
     ) -> None:
-        """Appends each cache's ids to it; fills a row of logits after each of the wanted ids."""
+        """Appends each cache's ids to it; fills a row of logits after each of the wanted ids.
+
+        wanted: how many, the last of each cache's ids.
+        """
         if n_best > self._n_tiles:  # A tile's largest logit stands for it.
             n_best = 0
         self._wait_for_others()
         self._counters[:] = 0
         ids, lengths = np.concatenate(runs), [len(run) for run in runs]
-        if len(ids) <= FEW:
-            self._reserve_partials(len(ids), caches[0].context)
+        self._reserve_partials(min(FEW, len(ids)), caches[0].context)
         cache_tables = np.stack([cache.table for cache in caches])
         positions = np.array([cache.length for cache in caches], np.int64)
-        starts = np.cumsum([0, *lengths], dtype=np.int64)
+        starts, wanted_starts = (np.cumsum([0, *n], dtype=np.int64) for n in (lengths, wanted))
+        wanted_positions = positions + np.diff(starts) - np.diff(wanted_starts)
         is_int8 = caches[0].kind == "int8"
-        new = (cache_tables, is_int8, ids, starts, positions, n_best, wanted, logits)
+        new = (
+            *(cache_tables, is_int8, ids, starts, positions),
+            *(n_best, wanted_starts, wanted_positions, logits),
+        )
         run = machine_code.load((0, *self._same, *new))
         parts = np.array(self._parts + machine_code.parts(new), np.int64)
         done = self._done
@@ -315,9 +321,7 @@ class Model:
         for start in range(0, len(array), self.chunk_size):
             chunk = array[start : start + self.chunk_size]
             done = start + len(chunk)
-            last = np.arange(len(chunk) - 1, len(chunk), dtype=np.int64)
-            wanted = last if done == len(array) else last[:0]
-            self._run([chunk], [cache], wanted, self._logits, n_best)
+            self._run([chunk], [cache], [int(done == len(array))], self._logits, n_best)
             if progress:
                 progress(done)
         return self._logits[0, : self.config.vocab_size].copy()
@@ -329,7 +333,7 @@ class Model:
         """
         array = self._checked(ids, cache)
         logits = np.empty((len(array), self._logits.shape[1]), np.float32)
-        self._run([array], [cache], np.arange(len(array), dtype=np.int64), logits, n_best)
+        self._run([array], [cache], [len(array)], logits, n_best)
         return logits[:, : self.config.vocab_size]
 
     @property
@@ -351,11 +355,11 @@ class Model:
         Raises ValueError as forward does.
         """
         arrays = [self._checked(ids, cache) for ids, cache in zip(runs, caches, strict=True)]
-        last = np.cumsum([len(array) for array in arrays], dtype=np.int64) - 1
-        if last[-1] >= self.batch_tokens:
-            raise ValueError(f"{last[-1] + 1} ids for several caches are too many")
+        n_ids = sum(len(array) for array in arrays)
+        if n_ids > self.batch_tokens:
+            raise ValueError(f"{n_ids} ids for several caches are too many")
         logits = np.empty((len(caches), self._logits.shape[1]), np.float32)
-        self._run(arrays, caches, last, logits, n_best)
+        self._run(arrays, caches, [1] * len(arrays), logits, n_best)
         return logits[:, : self.config.vocab_size]
 
     def forward_all(
@@ -371,7 +375,7 @@ class Model:
         logits = np.zeros((size, self._logits.shape[1]), np.float32)
         starts = [*range(0, first, self.chunk_size), *range(first, len(array), size), len(array)]
         for start, stop in pairwise(starts):
-            wanted = np.arange(stop - start if start >= first else 0, dtype=np.int64)
-            self._run([array[start:stop]], [cache], wanted, logits)
-            if len(wanted):
-                yield logits[: len(wanted), : self.config.vocab_size]
+            wanted = stop - start if start >= first else 0
+            self._run([array[start:stop]], [cache], [wanted], logits)
+            if wanted:
+                yield logits[:wanted, : self.config.vocab_size]

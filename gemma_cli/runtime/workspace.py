@@ -245,13 +245,13 @@ def allocate_head(hidden_size: int, n_tiles: int) -> HeadScratch:
     )
 
 
-STAGES = 10
+STAGES = 11
 """Stages of a layer."""
 
 
 def n_stages(n_layers: int) -> int:
     """Rows of counters that `forward` needs."""
-    return 1 + STAGES * n_layers + 6
+    return 1 + STAGES * n_layers + 5
 
 
 def counters(n_stages: int) -> NDArray[np.int64]:
