@@ -41,10 +41,27 @@ from gemma_cli.runtime.workspace import FEW, STAGES
 _many = attention_amx if isa.AMX else attention
 
 _GATES_AT_ONCE = not isa.AMX  # a constant to Numba, which compiles no more than is run
+NEIGHBOURS = 16
+"""Tokens, where they are more than FEW, that one thread takes: what they are rounded to shares
+cache lines, and so do their keys. Two threads at a line wait for each other."""
+
 GATE_PART = 2048  # outputs of GeGLU that one thread computes at once
 
 
-# The stages. Each does one item of its work: a token, a part of one, or some tiles of a matrix.
+# The stages. Each does one item of its work: some tokens, a part of them, some tiles of a matrix.
+
+
+@kernel
+def _n_token_items(n):
+    """Items of a stage that works on tokens: as many as there are, or NEIGHBOURS in each."""
+    return n if n <= FEW else (n + NEIGHBOURS - 1) // NEIGHBOURS
+
+
+@kernel
+def _tokens(item, n):
+    """The tokens of an item."""
+    size = 1 if n <= FEW else NEIGHBOURS
+    return range(item * size, min(item * size + size, n))
 
 
 @kernel
@@ -55,31 +72,37 @@ def _position(t, starts, positions):
 
 
 @stage
-def _start_token(t, thread, s, weights, scratch, tokens, starts, positions, h):
-    """The token's embedding, its rotary angles, and the first norm."""
-    x = scratch.x[t]
-    position = _position(t, starts, positions)
-    embed(weights.matrices[7 * s.n_layers], tokens[t], np.float32(np.sqrt(x.size)), x)
-    for kind in range(2):
-        rotary_angles(
-            position,
-            weights.frequencies[kind],
-            scratch.angles[kind, 0, t],
-            scratch.angles[kind, 1, t],
-        )
-    rms_norm(x, weights.norms[0, ATTN_NORM], s.rms_norm_eps, h.values[t])
-    round_inputs(h, t, 0, h.values.shape[1])
+def _start(item, thread, s, weights, scratch, tokens, starts, positions, h):
+    """The tokens' embeddings, their rotary angles, and the first norm."""
+    for t in _tokens(item, tokens.size):
+        x = scratch.x[t]
+        position = _position(t, starts, positions)
+        embed(weights.matrices[7 * s.n_layers], tokens[t], np.float32(np.sqrt(x.size)), x)
+        for kind in range(2):
+            rotary_angles(
+                position,
+                weights.frequencies[kind],
+                scratch.angles[kind, 0, t],
+                scratch.angles[kind, 1, t],
+            )
+        rms_norm(x, weights.norms[0, ATTN_NORM], s.rms_norm_eps, h.values[t])
+        round_inputs(h, t, 0, h.values.shape[1])
 
 
 @stage
-def _place_head(
-    item, thread, s, qkv, norms, angles, starts, positions, caches, layer, is_int8, queries
-):
+def _place_heads(item, thread, n, s, *args):
+    """A head of n tokens, as _place_head takes them."""
+    items = _n_token_items(n)
+    for t in _tokens(item % items, n):
+        _place_head(t, item // items, s, *args)
+
+
+@kernel
+def _place_head(t, head, s, qkv, norms, angles, starts, positions, caches, layer, is_int8, queries):
     """A query head normalized, rotated, scaled; or a key head, stored with its value.
 
     queries: Queries.
     """
-    t, head = item // (s.n_heads + s.n_kv_heads), item % (s.n_heads + s.n_kv_heads)
     d = s.head_dim
     vector, cos, sin = qkv[t, head * d : (head + 1) * d], angles[0, t], angles[1, t]
     if head < s.n_heads:
@@ -102,23 +125,26 @@ def _place_head(
 
 
 @stage
-def _mix_token(t, thread, s, starts, positions, window, scratch, mixed):
-    """The token's attention, where it is in parts still, put together and rounded."""
-    if len(mixed.values) <= FEW:
-        attention.merge_spans(
-            t, starts, positions, s, window, scratch.attention, thread, mixed.values[t]
-        )
-    round_inputs(mixed, t, 0, mixed.values.shape[1])
+def _mix(item, thread, s, starts, positions, window, scratch, mixed):
+    """The tokens' attention, where it is in parts still, put together and rounded."""
+    n = len(mixed.values)
+    for t in _tokens(item, n):
+        if n <= FEW:
+            attention.merge_spans(
+                t, starts, positions, s, window, scratch.attention, thread, mixed.values[t]
+            )
+        round_inputs(mixed, t, 0, mixed.values.shape[1])
 
 
 @stage
-def _add_token(t, thread, x, y, post_norm, next_norm, eps, h):
+def _add(item, thread, x, y, post_norm, next_norm, eps, h):
     """x += y, after y's own norm if there is one; then the norm of what comes next."""
-    if post_norm:
-        rms_norm(y[t, : x.shape[1]], post_norm, eps, y[t, : x.shape[1]])
-    add(x[t], y[t])
-    rms_norm(x[t], next_norm, eps, h.values[t])
-    round_inputs(h, t, 0, h.values.shape[1])
+    for t in _tokens(item, len(h.values)):
+        if post_norm:
+            rms_norm(y[t, : x.shape[1]], post_norm, eps, y[t, : x.shape[1]])
+        add(x[t], y[t])
+        rms_norm(x[t], next_norm, eps, h.values[t])
+        round_inputs(h, t, 0, h.values.shape[1])
 
 
 @stage
@@ -198,17 +224,19 @@ def forward(
     gated = some_inputs(scratch.gated, n, ffn)
     queries = attention.some_queries(scratch.queries, 0, n * (s.n_heads // s.n_kv_heads))
 
-    _start_token(counters, 0, n, thread, s, weights, scratch, tokens, starts, positions, h)
+    token_items = _n_token_items(n)
+    _start(counters, 0, token_items, thread, s, weights, scratch, tokens, starts, positions, h)
     for layer in range(s.n_layers):
         w, norms = matrices[7 * layer : 7 * layer + 7], weights.norms[layer]
         slides, row = weights.slides[layer], 1 + STAGES * layer
         window = s.sliding_window if slides else 0
         matmul.matmul(counters, row, items, thread, w[Q : V + 1], h, y, panels, n_threads)
-        _place_head(
+        _place_heads(
             counters,
             row + 1,
-            n * (s.n_heads + s.n_kv_heads),
+            token_items * (s.n_heads + s.n_kv_heads),
             thread,
+            n,
             s,
             y,
             norms,
@@ -225,6 +253,7 @@ def forward(
                 return
             _move_wanted(counters, row + 10, 1, thread, s, starts, wanted_starts, x, queries)
             n, starts, positions = n_wanted, wanted_starts, wanted_positions
+            token_items = _n_token_items(n)
             h = some_inputs(scratch.h, n, s.hidden_size)
             mixed = some_inputs(scratch.h, n, s.n_heads * s.head_dim)
             gated = some_inputs(scratch.gated, n, ffn)
@@ -263,12 +292,12 @@ def forward(
                 (scratch.attention, scratch.attention_amx),
                 mixed.values,
             )
-        _mix_token(counters, row + 3, n, thread, s, starts, positions, window, scratch, mixed)
+        _mix(counters, row + 3, token_items, thread, s, starts, positions, window, scratch, mixed)
         matmul.matmul(counters, row + 4, items, thread, w[O : O + 1], mixed, y, panels, n_threads)
-        _add_token(
+        _add(
             counters,
             row + 5,
-            n,
+            token_items,
             thread,
             x,
             y,
@@ -291,10 +320,10 @@ def forward(
         )
         # The row after the last layer's holds the final norm in this column.
         next_norm = weights.norms[layer + 1, ATTN_NORM]
-        _add_token(
+        _add(
             counters,
             row + 9,
-            n,
+            token_items,
             thread,
             x,
             y,
