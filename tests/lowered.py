@@ -209,7 +209,9 @@ def lower(
 
 def optimize(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3))
-    builder.getModulePassManager().run(module, builder)
+    passes = builder.getModulePassManager()
+    passes.add_refprune_pass()
+    passes.run(module, builder)
 
 
 # What the instructions mean, by the manuals of Intel and Arm: an LLVM function each.

@@ -1,7 +1,7 @@
 """Tests of kernels and models once more, in processes of their own: on other instruction sets, on
 AMX spelled out, in arrays between unreadable pages, with every index checked.
 
-They compile everything anew, a minute each, and do so side by side.
+They compile everything anew, half a minute each, and do so side by side.
 """
 
 import os
