@@ -50,7 +50,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize import packing
-from quantize.checkpoint.source import FileState, file_states, map_file, sampling_defaults
+from quantize.checkpoint.source import FileState, file_state, map_file, sampling_defaults
 from quantize.config import MAX_INTEGER, Fields, GemmaConfig, parse_json_object
 from quantize.errors import GemmaError, shown
 from quantize.recipe import GROUP_SIZES
@@ -482,7 +482,7 @@ class ModelFile(Description):
         """Raises GemmaError if the file that is mapped was written to; another one may have taken
         its place. Takes some microseconds."""
         try:
-            (state,) = file_states([self.path]).values()
+            state = file_state(self.path)
         except OSError:  # it is gone, and still mapped
             return
         if state[:2] == self.state[:2] and state != self.state:
@@ -515,7 +515,7 @@ class ModelFile(Description):
         GemmaError.
         """
         mapped = map_file(path)
-        (state,) = file_states([path]).values()
+        state = file_state(path)
         header, data_start = _read_header(mapped, path)
         try:
             return cls._checked(path, state, header, mapped, data_start)

@@ -4,7 +4,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -83,6 +83,11 @@ def _levels(m: MatrixSpec) -> NDArray[np.uint8]:
     return (np.array(m.codebook or LINEAR_LEVELS) + 128).astype(np.uint8)
 
 
+def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+    """Where each of some runs begins that lie one after the other, and where the last one ends."""
+    return np.array([*accumulate(lengths, initial=0)], np.int64)
+
+
 def _do(tasks: Tasks) -> None:
     """What a thread does: task after task, until there is None."""
     # Compiled code gives up the interpreter's lock, so plain threads run side by side. What an
@@ -124,7 +129,6 @@ class Model:
         self._scratch = self._allocate()
         self._counters = workspace.counters(workspace.n_stages(self.config.n_layers))
         self._keep_same()
-        self._logits = np.zeros((1, 16 * self._n_tiles), np.float32)
 
     @property
     def bytes_per_token(self) -> int:
@@ -219,17 +223,16 @@ class Model:
         self._counters[:] = 0
         ids, lengths = np.concatenate(runs), [len(run) for run in runs]
         self._reserve_partials(min(FEW, len(ids)), caches[0].context)
-        cache_tables = np.stack([cache.table for cache in caches])
-        positions = np.array([cache.length for cache in caches], np.int64)
-        starts, wanted_starts = (np.cumsum([0, *n], dtype=np.int64) for n in (lengths, wanted))
-        wanted_positions = positions + np.diff(starts) - np.diff(wanted_starts)
+        cache_tables = np.array([cache.table for cache in caches])
+        positions = [cache.length for cache in caches]
+        of_wanted = [p + n - w for p, n, w in zip(positions, lengths, wanted, strict=True)]
         is_int8 = caches[0].kind == "int8"
         new = (
-            *(cache_tables, is_int8, ids, starts, positions),
-            *(n_best, wanted_starts, wanted_positions, logits),
+            *(cache_tables, is_int8, ids, _offsets(lengths), np.array(positions, np.int64)),
+            *(n_best, _offsets(wanted), np.array(of_wanted, np.int64), logits),
         )
         run = machine_code.load((0, *self._same, *new))
-        parts = np.array(self._parts + machine_code.parts(new), np.int64)
+        parts = np.concatenate([self._parts, np.array(machine_code.parts(new), np.int64)])
         done = self._done
 
         # A thread may come when the others have done everything, and must find what it looks at.
@@ -289,19 +292,21 @@ class Model:
             self._weights,
             self._scratch,
         )
-        self._parts = machine_code.parts(self._same)
+        self._parts = np.array(machine_code.parts(self._same), np.int64)
+
+    def _new_logits(self, n: int) -> NDArray[np.float32]:
+        return np.empty((n, 16 * self._n_tiles), np.float32)
 
     def _checked(self, ids: Ids, cache: KVCache) -> NDArray[np.int32]:
-        array = np.ascontiguousarray(ids, np.int32)
-        if not array.size:
+        if not len(ids):
             raise ValueError("no ids")
-        if array.min() < 0 or array.max() >= self.config.vocab_size:
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
             raise ValueError("an id is outside the vocabulary")
-        if cache.length + len(array) > cache.capacity:
+        if cache.length + len(ids) > cache.capacity:
             raise ValueError(
-                f"{cache.length} + {len(array)} tokens exceed the cache's {cache.capacity}"
+                f"{cache.length} + {len(ids)} tokens exceed the cache's {cache.capacity}"
             )
-        return array
+        return np.ascontiguousarray(ids, np.int32)
 
     def forward(
         self,
@@ -317,22 +322,21 @@ class Model:
         wants all. Works in chunks; `progress` is called after each with the number of ids done.
         Raises ValueError when ids are empty, unknown or more than the cache holds.
         """
-        array = self._checked(ids, cache)
+        array, logits = self._checked(ids, cache), self._new_logits(1)
         for start in range(0, len(array), self.chunk_size):
             chunk = array[start : start + self.chunk_size]
             done = start + len(chunk)
-            self._run([chunk], [cache], [int(done == len(array))], self._logits, n_best)
+            self._run([chunk], [cache], [int(done == len(array))], logits, n_best)
             if progress:
                 progress(done)
-        return self._logits[0, : self.config.vocab_size].copy()
+        return logits[0, : self.config.vocab_size]
 
     def forward_each(self, ids: Ids, cache: KVCache, *, n_best: int = 0) -> NDArray[np.float32]:
         """Appends up to MOST_ROWS ids to the cache -> logits after each, (len(ids), vocab_size).
 
         The same bits as `forward` gives, id by id. Raises ValueError as forward does.
         """
-        array = self._checked(ids, cache)
-        logits = np.empty((len(array), self._logits.shape[1]), np.float32)
+        array, logits = self._checked(ids, cache), self._new_logits(len(ids))
         self._run([array], [cache], [len(array)], logits, n_best)
         return logits[:, : self.config.vocab_size]
 
@@ -358,7 +362,7 @@ class Model:
         n_ids = sum(len(array) for array in arrays)
         if n_ids > self.batch_tokens:
             raise ValueError(f"{n_ids} ids for several caches are too many")
-        logits = np.empty((len(caches), self._logits.shape[1]), np.float32)
+        logits = self._new_logits(len(caches))
         self._run(arrays, caches, [1] * len(arrays), logits, n_best)
         return logits[:, : self.config.vocab_size]
 
@@ -372,7 +376,7 @@ class Model:
         """
         array = self._checked(ids, cache)
         size = min(self.chunk_size, 32)  # 262,144 logits of 32 positions are 34 MB.
-        logits = np.zeros((size, self._logits.shape[1]), np.float32)
+        logits = self._new_logits(size)
         starts = [*range(0, first, self.chunk_size), *range(first, len(array), size), len(array)]
         for start, stop in pairwise(starts):
             wanted = stop - start if start >= first else 0

@@ -115,10 +115,15 @@ class FileState(NamedTuple):
     modified_ns: int
 
 
+def file_state(path: Path) -> FileState:
+    """The state of a file. Raises OSError."""
+    s = path.stat()
+    return FileState(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns)
+
+
 def file_states(paths: Iterable[Path]) -> dict[Path, FileState]:
     """The states of files, by their paths."""
-    stats = {path: path.stat() for path in paths}
-    return {p: FileState(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for p, s in stats.items()}
+    return {path: file_state(path) for path in paths}
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class Checkpoint:
     def check_unchanged(self) -> None:
         """Raises GemmaError if a file is not what it was when it was opened."""
         for path, state in self.files.items():
-            if not path.exists() or file_states([path])[path] != state:
+            if not path.exists() or file_state(path) != state:
                 raise GemmaError(
                     f"{path} was changed while it was being read; convert it again when nothing"
                     " else writes to it."
