@@ -34,6 +34,7 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
         (*AMX, "-k", "many or amx or threads or (exact and 19)", *KERNELS),
         {},
     ),
+    "models on AMX spelled out": ((*AMX, MODELS), {}),
     # `make guard` does this and the kernels for every set of this machine, on both sides.
     "models to the end of their arrays": ((*GUARDED, MODELS), {"GUARDED": "end"}),
     "models from the start of their arrays": ((*GUARDED, MODELS), {"GUARDED": "start"}),

@@ -169,7 +169,8 @@ def test_what_a_window_has_lost_stays_lost(model: Model) -> None:
         held.truncate(60)
         expected = model.new_cache(120)
         model.forward(ids[:60], expected)
-        np.testing.assert_array_equal(model.forward([5], held), model.forward([5], expected))
+        # Ids from 48 on went with many others before, and go with few now.
+        assert_same(model.forward([5], held), model.forward([5], expected), not isa.AMX)
 
 
 # Numbers that overflow
