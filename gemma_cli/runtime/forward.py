@@ -41,6 +41,7 @@ from gemma_cli.runtime.workspace import FEW, STAGES
 _many = attention_amx if isa.AMX else attention
 
 _GATES_AT_ONCE = not isa.AMX  # a constant to Numba, which compiles no more than is run
+
 NEIGHBOURS = 16
 """Tokens, where they are more than FEW, that one thread takes: what they are rounded to shares
 cache lines, and so do their keys. Two threads at a line wait for each other."""

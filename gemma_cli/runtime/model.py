@@ -83,7 +83,7 @@ def _levels(m: MatrixSpec) -> NDArray[np.uint8]:
     return (np.array(m.codebook or LINEAR_LEVELS) + 128).astype(np.uint8)
 
 
-def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+def _starts(lengths: Sequence[int]) -> NDArray[np.int64]:
     """Where each of some runs begins that lie one after the other, and where the last one ends."""
     return np.array([*accumulate(lengths, initial=0)], np.int64)
 
@@ -222,14 +222,15 @@ class Model:
         self._wait_for_others()
         self._counters[:] = 0
         ids, lengths = np.concatenate(runs), [len(run) for run in runs]
-        self._reserve_partials(min(FEW, len(ids)), caches[0].context)
+        few = [n for n in (len(ids), sum(wanted)) if n <= FEW]
+        self._reserve_partials(max(few, default=0), caches[0].context)
         cache_tables = np.array([cache.table for cache in caches])
         positions = [cache.length for cache in caches]
-        of_wanted = [p + n - w for p, n, w in zip(positions, lengths, wanted, strict=True)]
+        last_positions = [p + n - w for p, n, w in zip(positions, lengths, wanted, strict=True)]
         is_int8 = caches[0].kind == "int8"
         new = (
-            *(cache_tables, is_int8, ids, _offsets(lengths), np.array(positions, np.int64)),
-            *(n_best, _offsets(wanted), np.array(of_wanted, np.int64), logits),
+            *(cache_tables, is_int8, ids, _starts(lengths), np.array(positions, np.int64)),
+            *(n_best, _starts(wanted), np.array(last_positions, np.int64), logits),
         )
         run = machine_code.load((0, *self._same, *new))
         parts = np.concatenate([self._parts, np.array(machine_code.parts(new), np.int64)])
