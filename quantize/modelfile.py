@@ -14,7 +14,7 @@ Tensors
 
 `__metadata__` holds strings, as the specification demands; those marked JSON are JSON texts:
     format           "gemma-cli"
-    version          "2"
+    version          "3"
     config           JSON, a GemmaConfig
     chat             "gemma", the turns of Gemma 1 to 3, or "base"
     sampling         JSON, the checkpoint's sampling defaults
@@ -25,8 +25,8 @@ Tensors
                      codebook is the 16 int8 levels of an int4 matrix, else null; group_size is 0
                      for bf16 and f32
     sha256           JSON, {tensor name: hexadecimal SHA-256 of its bytes}
-    header_sha256    the SHA-256 of the header, spaces included, with 64 zeros in this place; files
-                     of before have none
+    header_sha256    the SHA-256 of the header, spaces included, with 64 zeros in this place; a
+                     header without one is taken as it is
     verification     JSON, a Verification, or "" if the file was not compared with its source
 
 Names of tensors are those of quantize.tensors. Weight matrices are read in the order in which
@@ -62,7 +62,7 @@ except ImportError:  # Windows, which lets nobody replace a file that is open.
     fcntl = None  # type: ignore[assignment]
 
 ALIGNMENT = 64
-VERSION = "2"
+VERSION = "3"
 CHATS = ("gemma", "base")
 _LARGEST_HEADER = 25_000_000  # that of a 27B takes 0.3
 _METADATA = {

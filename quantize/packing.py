@@ -11,14 +11,20 @@ int4 and int8: a tile is a run of blocks, one for each group of `group_size` inp
                and input 16 + 4 b + j in its high nibble
         int8   8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j, as code + 128
 
-int8_planes: int8 in two planes, of which a reader may want only the first. A slab of SLAB_TILES
-tiles (the last one of what is left) is the high nibbles of code + 128 of all its tiles, as int4
-tiles with their scales, and then their low nibbles, as the same without scales.
+int8_planes: int8 in three planes, of which a reader may want only the first ones: the two highest
+bits of code + 128, the next two, and the low nibble (PLANE_BITS). A slab of SLAB_TILES tiles (the
+last one of what is left) has the first plane of all its tiles, in groups with their scales, then
+the second and the third, which are nothing but codes. Those of 32 inputs are
+
+        2 x 64 bytes of 2 bits, or 4 x 64 of 4: with n bits, byte (4 r + j) of run b holds row r,
+        input 4 (b + n k) + j in its bits from n k on, for every k that there is room for
 
 bf16 and f32: input by input, the weights of the 16 rows.
 
 Everything here is (n_tiles, ...) uint8 and little-endian.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +39,14 @@ TILE_ROWS = 16
 RUN_INPUTS = 32
 """Inputs in one full run of a block; also the inputs that share an activation scale."""
 
+PLANE_BITS = (2, 2, 4)
+"""Bits of a code in each plane."""
+
 SLAB_TILES = 64
-"""Tiles whose high nibbles lie together, and then their low ones."""
+"""Tiles whose first planes lie together, and then their second ones, and their third."""
+
+_LOOKED_AT = 16
+"""Tiles, all over the matrix, that `remainders` looks at."""
 
 LARGEST_BFLOAT16 = np.float32(2**128 - 2**120)
 
@@ -81,15 +93,20 @@ def _rows(runs: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return rows.reshape(len(runs) * TILE_ROWS, -1)
 
 
-def _pack_nibbles(runs: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Runs of 32 inputs' codes 0 to 15, (..., 8, 64), to (..., 4, 64) bytes."""
-    packed: NDArray[np.uint8] = runs[..., :4, :] | (runs[..., 4:, :] << np.uint8(4))
+def _pack(runs: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Runs of 32 inputs' codes of so many bits, (..., 8, 64), to (..., bits, 64) bytes."""
+    parts = np.split(runs, 8 // bits, axis=-2)
+    packed = parts[0].copy()
+    for k, part in enumerate(parts[1:], 1):
+        packed |= part << np.uint8(bits * k)
     return packed
 
 
-def _unpack_nibbles(bytes_: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The reverse of _pack_nibbles."""
-    return np.concatenate([bytes_ & 0x0F, bytes_ >> 4], axis=-2)
+def _unpack(bytes_: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """The reverse of _pack, of bytes that are a whole number of runs, to (n_runs, 8, 64)."""
+    packed = bytes_.reshape(-1, bits, 64)
+    parts = [packed >> np.uint8(shift) for shift in range(0, 8, bits)]
+    return np.concatenate(parts, axis=-2) & np.uint8((1 << bits) - 1)
 
 
 def _slabs(n: int) -> list[slice]:
@@ -111,21 +128,21 @@ def pack_codes(
     whole_scales = _whole_tiles(scales).reshape(-1, TILE_ROWS, n_groups).transpose(0, 2, 1)
     tiles = len(whole_scales)
     if fmt == "int4":
-        body = _pack_nibbles(_runs(whole.view(np.uint8)))
+        body = _pack(_runs(whole.view(np.uint8)), 4)
     else:
         body = _runs(np.bitwise_xor(whole.view(np.uint8), np.uint8(128)))
     if fmt == "int8_planes":
-        low = _pack_nibbles(body & np.uint8(0x0F)).reshape(tiles, -1)
-        body = _pack_nibbles(body >> np.uint8(4))
+        body, *others = _split(body)
     size = _SCALE_BYTES + body[0].size // n_groups
     blocks = np.empty((tiles, n_groups, size), np.uint8)
     blocks[..., :_SCALE_BYTES] = np.ascontiguousarray(whole_scales).view(np.uint8)
     blocks[..., _SCALE_BYTES:] = body.reshape(tiles, n_groups, -1)
-    high = blocks.reshape(tiles, -1)
+    packed = blocks.reshape(tiles, -1)
     if fmt != "int8_planes":
-        return high
-    planes = [part for slab in _slabs(tiles) for part in (high[slab].ravel(), low[slab].ravel())]
-    return np.concatenate(planes).reshape(tiles, -1)
+        return packed
+    planes = [packed, *(plane.reshape(tiles, -1) for plane in others)]
+    parts = [plane[slab].ravel() for slab in _slabs(tiles) for plane in planes]
+    return np.concatenate(parts).reshape(tiles, -1)
 
 
 def unpack_codes(
@@ -134,31 +151,61 @@ def unpack_codes(
     """The reverse of pack_codes, with the filled-up rows: (16 n_tiles, n_in) and their scales."""
     n_groups = n_in // group_size
     if fmt == "int8_planes":
-        high, low = _planes(tiles, 8 * n_in)
-        tiles = high
+        slabs = [_planes(tiles[slab], n_in) for slab in _slabs(len(tiles))]
+        tiles, *others = (np.concatenate(plane) for plane in zip(*slabs, strict=True))
     blocks = tiles.reshape(len(tiles), n_groups, -1)
     scales = np.ascontiguousarray(blocks[..., :_SCALE_BYTES]).view(np.float16)
     scales = scales.transpose(0, 2, 1).reshape(-1, n_groups)
-    body = blocks[..., _SCALE_BYTES:].reshape(len(tiles), n_in // RUN_INPUTS, -1, 64)
+    body = blocks[..., _SCALE_BYTES:]
     if fmt == "int4":
-        return _rows(_unpack_nibbles(body)), scales
-    if fmt == "int8_planes":
-        low_body = _unpack_nibbles(low.reshape(body.shape))
-        body = _unpack_nibbles(body) << np.uint8(4) | low_body
-    return (_rows(body) ^ np.uint8(128)).view(np.int8), scales
+        runs = _unpack(body, 4)
+    elif fmt == "int8":
+        runs = body
+    else:
+        runs = _join([body, *others])
+    codes = _rows(runs.reshape(len(tiles), n_in // RUN_INPUTS, 8, 64))
+    return codes if fmt == "int4" else (codes ^ np.uint8(128)).view(np.int8), scales
 
 
-def _planes(
-    tiles: NDArray[np.uint8], low_bytes: int
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The high and the low nibbles of every tile, (n_tiles, ...) each."""
-    high, low = [], []
-    for slab in _slabs(len(tiles)):
-        part = tiles[slab].ravel()
-        n = slab.stop - slab.start
-        high.append(part[: -n * low_bytes].reshape(n, -1))
-        low.append(part[-n * low_bytes :].reshape(n, -1))
-    return np.concatenate(high), np.concatenate(low)
+def _split(runs: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Runs of 32 inputs' bytes, (..., 8, 64), to planes, (..., bits, 64) each."""
+    planes, below = [], 8
+    for bits in PLANE_BITS:
+        below -= bits
+        planes.append(_pack(runs >> np.uint8(below) & np.uint8((1 << bits) - 1), bits))
+    return planes
+
+
+def _join(planes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """The reverse of _split, to (n_runs, 8, 64); of the last planes alone, what they hold."""
+    first, *others = zip(planes, PLANE_BITS[-len(planes) :], strict=True)
+    runs = _unpack(*first)
+    for plane, bits in others:
+        runs = runs << np.uint8(bits) | _unpack(plane, bits)
+    return runs
+
+
+def _planes(slab: NDArray[np.uint8], n_in: int) -> list[NDArray[np.uint8]]:
+    """The planes of a slab's tiles, (n_tiles, ...) each, the first with scales."""
+    second, third = (bits * 2 * n_in for bits in PLANE_BITS[1:])
+    first = slab.shape[1] - second - third
+    ends = len(slab) * np.array([first, first + second])
+    return [plane.reshape(len(slab), -1) for plane in np.split(slab.ravel(), ends)]
+
+
+def remainders(tiles: NDArray[np.uint8], n_in: int) -> NDArray[np.float64]:
+    """What a code's bits beyond the first plane, and beyond the second, are worth: (2, 2).
+
+    tiles: of a whole matrix in int8_planes, of which some are looked at. For each of both the mean
+    and the variance.
+    """
+    slabs = _slabs(len(tiles))
+    some = slabs[:: -(-len(slabs) // _LOOKED_AT)]
+    each = -(-_LOOKED_AT // len(some))
+    planes = [[plane[:each] for plane in _planes(tiles[slab], n_in)[1:]] for slab in some]
+    second, third = (np.concatenate(plane) for plane in zip(*planes, strict=True))
+    values = _join([second, third]), _join([third])
+    return np.array([(value.mean(), value.var()) for value in values])
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -68,8 +68,8 @@ def rules_of(recipe: str, bits: int, group_size: int) -> list[Rule]:
 
 
 def choose(rules: Sequence[Rule], name: str) -> Rule:
-    """The rule for a matrix. An embedding of 8 bits lies in two planes, since the first is mostly
-    enough to find the likeliest tokens."""
+    """The rule for a matrix. An embedding of 8 bits lies in planes, since the first is mostly
+    enough to find the likeliest token."""
     rule = next(rule for rule in rules if fnmatchcase(name, rule.pattern))
     if name == "embed" and rule.format == "int8":
         return rule._replace(format="int8_planes")

@@ -7,6 +7,11 @@ does not decide:
     make bench-gains ARGS='-m FILE'
     make bench-gains ARGS='-m FILE --only batch --rounds 9'
 
+With a text it also shows, for so many of its positions, that the largest logits, for which not all
+of the output head is read, are those of the whole head:
+
+    make bench-gains ARGS='-m FILE --only head --text wiki.test.raw'
+
 What drafts gain depends on the text, and so on a model that has learned some: not one with random
 weights.
 """
@@ -34,6 +39,8 @@ Speed = Callable[[], float]
 
 DECODED = 32
 BATCH = 8
+POSITIONS = 20_440
+"""Of a text, in 40 windows of 511."""
 
 NAMES = ("anna", "ben", "clara", "david", "emma", "felix", "greta", "hans", "ida", "jonas")
 # To be gone on with: each entry repeats the one before, but for some words.
@@ -76,9 +83,12 @@ class Bench:
         def measure() -> float:
             for cache in caches:
                 cache.truncate(depth + 1)
+            # Greedily, since the output head's work depends on how sure the model is.
+            runs = [self.ids(1) for _ in caches]
             began = perf_counter()
             for _ in range(DECODED):
-                self.model.forward_batch([self.ids(1) for _ in caches], caches, n_best=1)
+                logits = self.model.forward_batch(runs, caches, n_best=1)
+                runs = logits.argmax(1)[:, None].tolist()
             return n_sequences * DECODED / (perf_counter() - began)
 
         return measure
@@ -142,6 +152,31 @@ def compare(first: Speed, second: Speed, rounds: int) -> str:
     return f"{one:.1f} | {other:.1f} | {spread}"
 
 
+def compare_heads(bench: Bench, text: str) -> str:
+    """How many positions of a text have other largest logits if not all of the head is read."""
+    ids = Tokenizer(bench.file.tokenizer_model).encode(text[: 20 * POSITIONS])[:POSITIONS]
+    wrong, read = dict.fromkeys((1, 8, 64), 0), dict.fromkeys((1, 8, 64), 0.0)
+    cache = bench.model.new_cache(512)
+    for i, token in enumerate(ids):
+        if i % 511 == 0:
+            cache.clear()
+            bench.model.forward([2], cache)
+        position = cache.length
+        whole = bench.model.forward([token], cache)
+        largest = np.sort(np.partition(whole, -64)[-64:])
+        for n_best in wrong:
+            cache.truncate(position)
+            part = bench.model.forward([token], cache, n_best=n_best)
+            known = np.isfinite(part)
+            same = np.array_equal(part[known], whole[known])
+            same &= np.array_equal(np.sort(part[known])[-n_best:], largest[-n_best:])
+            same &= n_best > 1 or part.argmax() == whole.argmax()
+            wrong[n_best] += not same
+            read[n_best] += known.mean() / len(ids)
+    shares = ", ".join(f"{n} largest {wrong[n]} ({read[n]:.2%})" for n in wrong)
+    return f"{shares}, of {len(ids):,} positions (of all logits, those known in the end)"
+
+
 def anonymous_memory(path: Path) -> str:
     """MB that a process has that fills a context of 2,048 tokens, its KV cache left out."""
     code = (
@@ -183,12 +218,16 @@ def main() -> None:
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="FILE")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--only", action="append", metavar="KEY", help="of a row; repeatable")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="for the key head")
     options = parser.parse_args()
     bench = Bench(options.model)
     print("| | tokens/s | tokens/s | ratio |\n|---|---|---|---|")
     for key, about, make in rows(bench):
         if not options.only or key in options.only:
             print(f"| {about} | {compare(*make(), options.rounds)} |", flush=True)
+    if options.text and (not options.only or "head" in options.only):
+        text = options.text.read_text("utf-8")
+        print(f"- where not all of the head is read, differences: {compare_heads(bench, text)}")
     if not options.only or "memory" in options.only:
         print(f"- memory besides mapped pages and KV cache: {anonymous_memory(options.model)}")
     if not options.only or "compilation" in options.only:

@@ -49,7 +49,7 @@ _PAIRS = 8
 
 CASE = np.dtype(
     [
-        ("w", np.uint8, 512),  # 16 rows' codes of 32 inputs; of planes the high nibbles, the low
+        ("w", np.uint8, 512),  # 16 rows' codes of 32 inputs, in planes one after the other
         ("levels", np.uint8, 16),
         ("x", np.int8, (8, TOKENS, 4)),
         ("offsets", np.int32, TOKENS),
@@ -111,10 +111,12 @@ def call(b: ir.IRBuilder, intrinsic: Any, *args: ir.Value | int) -> ir.Value:
         if isinstance(value, int):
             return types.literal(value)
         if isinstance(value.type, ir.ArrayType):
-            return types.UniTuple(vector_type(value.type.element), value.type.count)
-        return vector_type(value.type) if isinstance(value.type, ir.VectorType) else types.int64
+            return types.UniTuple(element_type(value.type.element), value.type.count)
+        return element_type(value.type)
 
-    def vector_type(ir_type: ir.Type) -> Any:
+    def element_type(ir_type: ir.Type) -> Any:
+        if not isinstance(ir_type, ir.VectorType):
+            return types.int64
         return vector.F32X16 if ir_type == vector.F32X16.ir_type else vector.I32X16
 
     signature, codegen = intrinsic._defn(None, *map(numba_type, args))
@@ -132,10 +134,19 @@ def integer_functions() -> dict[str, Emit]:
     from gemma_cli.runtime import codes, vector  # noqa: PLC0415
 
     offset = {name: field[1] for name, field in CASE.fields.items()}
-    offset["low"] = offset["w"] + 256
 
     def read(b: ir.IRBuilder, case: ir.Value, names: tuple[str, ...]) -> list[ir.Value]:
-        return [b.add(case, _I64(offset[name])) for name in names]
+        return [others(b, case) if n == "others" else at(b, case, offset[n]) for n in names]
+
+    def at(b: ir.IRBuilder, case: ir.Value, n_bytes: int) -> ir.Value:
+        return b.add(case, _I64(n_bytes))
+
+    def others(b: ir.IRBuilder, case: ir.Value) -> ir.Value:
+        pair = ir.Constant(ir.ArrayType(_I64, 2), ir.Undefined)
+        first, second = (64 * bits for bits in packing.PLANE_BITS[:2])
+        for i, start in enumerate((first, first + second)):
+            pair = b.insert_value(pair, at(b, case, offset["w"] + start), i)
+        return pair
 
     def dots(intrinsic: Any, *weights: str) -> Emit:
         def emit(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
@@ -163,13 +174,15 @@ def integer_functions() -> dict[str, Emit]:
         "dots_int4": dots(codes.dots_int4, "w", "w"),
         "dots_codebook": dots(codes.dots_codebook, "w", "levels"),
         "dots_int8": dots(codes.dots_int8, "w", "w"),
-        "dots_planes": dots(codes.dots_planes, "w", "low"),
+        "dots_planes": dots(codes.dots_planes, "w", "others"),
+        "dots_plane": dots(codes.dots_plane, "w", "others"),
+        "dots_two_planes": dots(codes.dots_two_planes, "w", "others"),
         "dots_expanded": dots(codes.dots_expanded, "w", "w"),
         "dots_pairs": dots_pairs,
         "expand_int4": expand(codes.expand_int4, "w", "levels"),
         "expand_codebook": expand(codes.expand_codebook, "w", "levels"),
         "expand_int8": expand(codes.expand_int8, "w", "levels"),
-        "expand_planes": expand(codes.expand_planes, "w", "low"),
+        "expand_planes": expand(codes.expand_planes, "w", "others"),
     }
 
 
@@ -366,16 +379,17 @@ def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArr
     rng = np.random.default_rng(1)
     if function == "dots_pairs":
         return pair_examples(rng)
-    task, form = function.split("_")
+    task, form = function.split("_", 1)
     small = form in ("int4", "codebook", "expanded")
+    unread = {"plane": 6, "two_planes": 4}.get(form, 0)
     codebook = np.array(CODEBOOK if form == "codebook" else LINEAR_LEVELS)
     cases, results = np.zeros(CASES, CASE), []
     for case in cases:
         codes = random_codes(rng, small)
         levels = codebook[codes] if small else codes.astype(np.int64)
         expanded = byte_tile(levels + (EXPANDED_ZERO if form in ("int4", "expanded") else 128))
-        formats = {"codebook": "int4", "planes": "int8_planes"}
-        w = tile(formats.get(form, form), codes) if form != "expanded" else expanded
+        fmt = "int8_planes" if "plane" in form else "int4" if form == "codebook" else form
+        w = tile(fmt, codes) if form != "expanded" else expanded
         case["w"][: w.size] = w
         case["levels"] = codebook + 128
         x = rng.integers(-127, 128, (TOKENS, 32), np.int8)
@@ -383,7 +397,10 @@ def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArr
         x[2, ::2], x[2, 1::2] = 127, -127
         case["x"] = x.reshape(TOKENS, 8, 4).swapaxes(0, 1)
         case["offsets"] = -128 * x.sum(1, dtype=np.int32)
-        if task == "dots":
+        if unread:
+            dots = twins.dots(levels + 128 >> unread, x)[..., 0]
+            results.append((dots + case["offsets"][:, None]).astype(np.int32))
+        elif task == "dots":
             results.append(twins.dots(levels, x)[..., 0].astype(np.int32))
         else:
             results.append(expanded)

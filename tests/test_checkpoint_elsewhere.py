@@ -44,7 +44,7 @@ def test_a_folder_of_checkpoints_is_not_flax(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.gemma", "model.safetensors"])
-@pytest.mark.parametrize("version", ["2", "1"])
+@pytest.mark.parametrize("version", ["3", "2"])
 def test_a_model_file_is_not_converted_again(tmp_path: Path, name: str, version: str) -> None:
     config = tiny("gemma3")
     folder = write_hf(tmp_path / "gemma-3", config, random_weights(config))
@@ -52,9 +52,9 @@ def test_a_model_file_is_not_converted_again(tmp_path: Path, name: str, version:
     model = tmp_path / name
     quantize(checkpoint, model, bits=8)
     data = model.read_bytes()
-    assert data.count(b'"version":"2"') == 1
-    model.write_bytes(data.replace(b'"version":"2"', b'"version":"%s"' % version.encode()))
-    assert version != "2" or ModelFile.open(model).source == "gemma-3"
+    assert data.count(b'"version":"3"') == 1
+    model.write_bytes(data.replace(b'"version":"3"', b'"version":"%s"' % version.encode()))
+    assert version != "3" or ModelFile.open(model).source == "gemma-3"
     beside = folder / name  # with a config.json and a tokenizer
     beside.write_bytes(model.read_bytes())
     for source in (model, beside):

@@ -301,10 +301,10 @@ MODELS = {
     "a long version": json.dumps({"__metadata__": {"format": "gemma-cli", "version": "x" * 10**6}}),
     "a nested version": '{"__metadata__":{"format":"gemma-cli","version":' + DEEP + "}}",
     "a long chat": json.dumps(
-        {"__metadata__": {"format": "gemma-cli", "version": "2", "chat": "x" * 10**6}}
+        {"__metadata__": {"format": "gemma-cli", "version": "3", "chat": "x" * 10**6}}
     ),
     "a long field": json.dumps(
-        {"__metadata__": {"format": "gemma-cli", "version": "2", "x" * 10**6: ""}}
+        {"__metadata__": {"format": "gemma-cli", "version": "3", "x" * 10**6: ""}}
     ),
     "26 MB": json.dumps({"__metadata__": {"format": "gemma-cli"}}) + " " * 26_000_000,
 }

@@ -236,8 +236,8 @@ def test_an_impossible_header_length_is_refused(
         '{"__metadata__": {"format": "pt"}}',
         '{"__metadata__": {"format": ["gemma-cli"]}}',
         '{"__metadata__": {"format": "gemma-cli"}}',
-        '{"__metadata__": {"format": "gemma-cli", "version": "2"}}',
-        '{"__metadata__": {"format": "gemma-cli", "version": "2"}, "__metadata__": {}}',
+        '{"__metadata__": {"format": "gemma-cli", "version": "3"}}',
+        '{"__metadata__": {"format": "gemma-cli", "version": "3"}, "__metadata__": {}}',
         '{"n": ' + "9" * 10_000 + "}",
         '{"\\ud800": 1}',
     ],
@@ -261,7 +261,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_another_version_is_refused_by_its_number(original: Path, tmp_path: Path) -> None:
     header, tensors = split(original)
     header["__metadata__"]["version"] = "1"
-    with pytest.raises(GemmaError, match=r"version 1 .* reads version 2; convert"):
+    with pytest.raises(GemmaError, match=r"version 1 .* reads version 3; convert"):
         ModelFile.open(join(tmp_path / "a", header, tensors))
 
 
@@ -500,7 +500,7 @@ def test_another_checksum_of_the_header_is_refused(
     if digest:
         with pytest.raises(GemmaError, match="its header does not have its checksum"):
             ModelFile.open(join(tmp_path / "a", header, tensors))
-    else:  # as in files of before
+    else:
         ModelFile.open(join(tmp_path / "a", header, tensors))
 
 

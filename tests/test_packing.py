@@ -56,6 +56,17 @@ def tile_byte_by_byte(
     return bytes(out)
 
 
+def plane_byte_by_byte(codes: NDArray[np.uint8], bits: int, run: int) -> bytes:
+    """16 rows' codes of so many bits, of a run of 32 inputs, every byte looked up on its own."""
+    out = bytearray()
+    for b in range(bits):
+        for r in range(16):
+            for j in range(4):
+                inputs = [32 * run + 4 * (b + bits * k) + j for k in range(8 // bits)]
+                out.append(sum(int(codes[r, i]) << bits * k for k, i in enumerate(inputs)))
+    return bytes(out)
+
+
 @pytest.mark.parametrize(("fmt", "shape", "group_size"), GROUPED)
 def test_codes_lie_where_the_description_says(
     fmt: str, shape: tuple[int, int], group_size: int
@@ -81,8 +92,8 @@ def test_codes_come_back(fmt: str, shape: tuple[int, int], group_size: int) -> N
 
 
 @pytest.mark.parametrize("shape", [(1, 32), (40, 256), (1024, 64), (1100, 64), (2200, 32)])
-def test_planes_are_nibbles_slab_by_slab(shape: tuple[int, int]) -> None:
-    """The high nibbles of 64 tiles as int4 tiles, then their low ones without scales."""
+def test_planes_lie_slab_by_slab(shape: tuple[int, int]) -> None:
+    """Of 64 tiles the upper two bits with their scales, then the next two, then the low nibbles."""
     codes, scales = random_codes("int8", shape, 32)
     tiles = packing.pack_codes("int8_planes", codes, scales)
     assert tiles.shape == (-(-shape[0] // 16), packing.tile_bytes("int8_planes", shape[1], 32))
@@ -93,14 +104,37 @@ def test_planes_are_nibbles_slab_by_slab(shape: tuple[int, int]) -> None:
     some[: len(scales)] = scales
     expected = bytearray()
     for slab in range(0, len(whole), 1024):
-        rows = slice(slab, slab + 1024)
-        expected += packing.pack_codes("int4", whole[rows] >> 4, some[rows]).tobytes()
-        low = packing.pack_codes("int4", whole[rows] & 15, some[rows])
+        starts = range(slab, min(slab + 1024, len(whole)), 16)
+        for start in starts:
+            for run in range(shape[1] // 32):
+                expected += some[start : start + 16, run].tobytes()
+                expected += plane_byte_by_byte(whole[start : start + 16] >> 6, 2, run)
+        for start in starts:
+            for run in range(shape[1] // 32):
+                expected += plane_byte_by_byte(whole[start : start + 16] >> 4 & 3, 2, run)
+        low = packing.pack_codes("int4", whole[slab : slab + 1024] & 15, some[slab : slab + 1024])
         expected += low.reshape(len(low), -1, 288)[:, :, 32:].tobytes()
     assert tiles.tobytes() == bytes(expected)
     unpacked, unpacked_scales = packing.unpack_codes("int8_planes", tiles, shape[1], 32)
     np.testing.assert_array_equal(unpacked[: len(codes)], codes)
     np.testing.assert_array_equal(unpacked_scales[: len(codes)], scales)
+
+
+@pytest.mark.parametrize("n_rows", [32, 1104, 40_000])
+def test_remainders_are_what_the_first_planes_leave(n_rows: int) -> None:
+    """The mean and variance of all codes, from those of some tiles."""
+    rng = np.random.default_rng(1)
+    codes = np.clip(rng.normal(0, 40, (n_rows, 64)), -128, 127).astype(np.int8)
+    codes[:, 32:] = codes[:, 32:] & -16  # nothing but zeros in the low nibbles
+    tiles = packing.pack_codes("int8_planes", codes, np.ones((n_rows, 2), np.float16))
+    bytes_ = codes.astype(np.int64) + 128
+    found = packing.remainders(tiles, 64)
+    for (mean, variance), left in zip(found, (bytes_ % 64, bytes_ % 16), strict=True):
+        # Five deviations of a mean of 16,384 codes, and of a variance, which is less certain than
+        # this for none of these: a normal curve's.
+        n = min(codes.size, 16 * 16 * 64)
+        assert abs(mean - left.mean()) < 5 * left.std() / n**0.5
+        assert abs(variance / left.var() - 1) < 5 * (2 / n) ** 0.5
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -16,6 +16,7 @@ from gemma_cli.runtime import emit, isa
 from gemma_cli.runtime.emit import F32, I8, I16, I32, I64, LANES, SIDE_BY_SIDE, VF32, VI8, VI32
 from gemma_cli.runtime.vector import I32X16
 from gemma_cli.runtime.workspace import CODES, TABLE
+from quantize.packing import PLANE_BITS
 
 
 def _broadcast4(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -113,11 +114,6 @@ def _shuffle16(b: ir.IRBuilder, table: ir.Value, codes: ir.Value) -> ir.Value:
     return candidates[0]
 
 
-def _nibbles(b: ir.IRBuilder, packed: ir.Value) -> tuple[ir.Value, ir.Value]:
-    low = b.and_(packed, emit.const(VI8, 0x0F))
-    return low, b.lshr(packed, emit.const(VI8, 4))
-
-
 def _dot_products(
     b: ir.IRBuilder,
     weights: Sequence[ir.Value],
@@ -134,18 +130,18 @@ def _dot_products(
     being 128 or 8; small: w is at most 15. x, offsets: addresses of the tokens' inputs, `width`
     tokens side by side, and of their offsets, -128 sum(x). Where the CPU multiplies unsigned by
     signed bytes, and for bytes that are both, that is the sum of w x and the offset, or a sixteenth
-    of it; elsewhere the bytes are made signed first.
+    of it; elsewhere the bytes are made signed first. With a zero of 0 offsets are what they are.
     """
     if _UNSIGNED and zero == 8 and n > 1:
         # An offset that is taken as it is comes with its load alone; a sixteenth is two more
         # instructions for each token.
         weights, zero = [b.add(w, emit.const(VI8, 120)) for w in weights], 128
     acc = [emit.const(VI32, 0) for _ in range(n)]
-    if _UNSIGNED or zero == 8:
+    if _UNSIGNED or zero < 128:
         for t in range(n):
             offset = emit.splat(b, emit.load(b, emit.offset(b, offsets, 4 * t), I32))
-            acc[t] = offset if zero == 128 else b.ashr(offset, emit.const(VI32, 4))
-    elif zero == 128:
+            acc[t] = b.ashr(offset, emit.const(VI32, 4)) if zero == 8 else offset
+    else:
         weights = [b.xor(w, emit.const(VI8, 0x80)) for w in weights]
     # Two sums of 16-bit words a token, for codes so small that eight products fit.
     in_words = small and isa.NAME == "avx2"
@@ -168,10 +164,21 @@ def _dot_products(
     return array
 
 
+def _bytes(b: ir.IRBuilder, w: ir.Value, bits: int, above: int = 0) -> list[ir.Value]:
+    """32 inputs' codes of 2 or 4 bits, in the order of the inputs, `above` so many lower bits."""
+    packed = [emit.load(b, emit.offset(b, w, 64 * run), VI32) for run in range(bits)]
+    codes = []
+    for shift in range(-above, 8 - above, bits):
+        # By 32 bits: bytes LLVM would shift by GFNI, which has to wait for what multiplies.
+        move, by = (b.shl, -shift) if shift < 0 else (b.lshr, shift)
+        moved = [b.bitcast(move(four, emit.const(VI32, by)), VI8) for four in packed]
+        codes += [b.and_(code, emit.const(VI8, (1 << bits) - 1 << above)) for code in moved]
+    return codes
+
+
 def _int4_bytes(b: ir.IRBuilder, w: ir.Value) -> list[ir.Value]:
-    """The codes 0 to 15 of 32 inputs, in the order of the inputs."""
-    pairs = [_nibbles(b, emit.load(b, emit.offset(b, w, 64 * run), VI8)) for run in range(4)]
-    return [low for low, _ in pairs] + [high for _, high in pairs]
+    """The codes 0 to 15 of 32 inputs."""
+    return _bytes(b, w, 4)
 
 
 def _int8_bytes(b: ir.IRBuilder, w: ir.Value) -> list[ir.Value]:
@@ -185,15 +192,19 @@ def _codebook_bytes(b: ir.IRBuilder, w: ir.Value, levels: ir.Value) -> list[ir.V
     return [_shuffle16(b, table, codes) for codes in _int4_bytes(b, w)]
 
 
-def _planes_bytes(b: ir.IRBuilder, high: ir.Value, low: ir.Value) -> list[ir.Value]:
-    """The bytes (code + 128) of 32 inputs from their high nibbles and their low ones."""
-    four, upper = emit.const(VI8, 4), emit.const(VI8, 0xF0)
-    first, second = [], []
-    for run in range(4):
-        h, rest = (emit.load(b, emit.offset(b, plane, 64 * run), VI8) for plane in (high, low))
-        first.append(b.or_(b.and_(b.shl(h, four), upper), b.and_(rest, emit.const(VI8, 0x0F))))
-        second.append(b.or_(b.and_(h, upper), b.lshr(rest, four)))
-    return first + second
+def _planes_bytes(b: ir.IRBuilder, *addresses: ir.Value) -> list[ir.Value]:
+    """The upper bits of 32 inputs' bytes (code + 128), from as many planes as there are given."""
+    bytes_ = [emit.const(VI8, 0)] * 8
+    bits = PLANE_BITS[: len(addresses)]
+    for i, address in enumerate(addresses):
+        plane = _bytes(b, address, bits[i], above=sum(bits[i + 1 :]))
+        bytes_ = [b.or_(*both) for both in zip(bytes_, plane, strict=True)]
+    return bytes_
+
+
+def _all_planes(b: ir.IRBuilder, w: ir.Value, others: ir.Value) -> list[ir.Value]:
+    """The bytes of 32 inputs, where each has one."""
+    return _planes_bytes(b, w, *(b.extract_value(others, i) for i in range(2)))
 
 
 def _dots(
@@ -247,10 +258,28 @@ dots_int8 = _dots(
     """,
 )
 dots_planes = _dots(
-    _planes_bytes,
+    _all_planes,
     128,
     False,
-    "As dots_int8, of high nibbles and, at `other`, of low ones, both as in dots_int4.",
+    """As dots_int8, of codes in three planes (quantize.packing).
+
+    w: address of the first plane; other: a pair of addresses, of the second and the third.
+    """,
+)
+dots_plane = _dots(
+    lambda b, w, other: _planes_bytes(b, w),
+    0,
+    True,
+    """dot[t][r] = offset[t] + sum over 32 inputs i of code[r, i] x[t, i], for n tokens t.
+
+    Of the codes 0 to 3 of dots_planes' first plane.
+    """,
+)
+dots_two_planes = _dots(
+    lambda b, w, other: _planes_bytes(b, w, b.extract_value(other, 0)),
+    0,
+    True,
+    "As dots_plane, of the codes 0 to 15 of the first plane and the second.",
 )
 EXPANDED_ZERO = 128 if _UNSIGNED else 8
 """What expand_int4 has for 0."""
@@ -291,8 +320,7 @@ expand_int8 = _expand(
     "The bytes of dots_int8, as they are: at addresses that are multiples of 64 they are near.",
 )
 expand_planes = _expand(
-    _planes_bytes,
-    "32 inputs of high nibbles and, at `other`, of low ones to the bytes of dots_int8.",
+    _all_planes, "32 inputs' codes in planes, as in dots_planes, to the bytes of dots_int8."
 )
 
 
@@ -389,7 +417,7 @@ expand_scaled_int8 = _expand_scaled(
     "As expand_scaled_codebook, of the bytes of dots_int8.",
 )
 expand_scaled_planes = _expand_scaled(
-    _planes_bytes, "As expand_scaled_codebook, of the planes of dots_planes."
+    _all_planes, "As expand_scaled_codebook, of the planes of dots_planes."
 )
 
 

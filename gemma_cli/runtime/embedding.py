@@ -6,15 +6,16 @@ The layout is quantize.packing's; matrices are rows of matmul's table.
 import numpy as np
 
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.matrix import SCALES, tile_address
+from gemma_cli.runtime.matrix import SCALES, advance, run_bytes, tile_address
 from gemma_cli.runtime.tables import BF16, CODEBOOK, F32, FORMAT, GROUP_SIZE, INT8, PLANES
 from gemma_cli.runtime.vector import load_byte, load_scalar
+from quantize.packing import PLANE_BITS
 
 
 @kernel
 def _weight(matrix, row, column):
     """Element (row, column) of a matrix of the table."""
-    (tile, low), r = tile_address(matrix, row // 16), row % 16
+    (tile, others), r = tile_address(matrix, row // 16), row % 16
     fmt = matrix[FORMAT]
     if fmt == F32:
         return load_scalar(tile + 64 * column + 4 * r)
@@ -25,25 +26,27 @@ def _weight(matrix, row, column):
         return np.uint32(bits << 16).view(np.float32)
     group, within = column // matrix[GROUP_SIZE], column % matrix[GROUP_SIZE]
     run, i = within // 32, within % 32
-    wide = 512 if fmt == INT8 else 256
-    block = tile + group * (SCALES + matrix[GROUP_SIZE] // 32 * wide)
+    block = tile + group * (SCALES + matrix[GROUP_SIZE] // 32 * run_bytes(fmt))
     scale = np.uint16(load_byte(block + 2 * r) | load_byte(block + 2 * r + 1) << 8)
-    body = block + SCALES + run * wide
-    at = 64 * (i % 16 // 4) + 4 * r + i % 4
+    body = block + SCALES + run * run_bytes(fmt)
     if fmt == INT8:
-        code = load_byte(body + 64 * (i // 4) + 4 * r + i % 4) - 128
+        byte = _code(body, 8, r, i)
     elif fmt == PLANES:
-        high, rest = load_byte(body + at), load_byte(low + column // 32 * 256 + at)
-        code = (16 * _nibble(high, i) | _nibble(rest, i)) - 128
+        planes, byte = (body, *advance(others, column - i)), 0
+        for plane in range(3):
+            bits = PLANE_BITS[plane]
+            byte = byte << bits | _code(planes[plane], bits, r, i)
     else:
-        code = load_byte(matrix[CODEBOOK] + _nibble(load_byte(body + at), i)) - 128
-    return np.float32(code) * _half(scale)
+        byte = load_byte(matrix[CODEBOOK] + _code(body, 4, r, i))
+    return np.float32(byte - 128) * _half(scale)
 
 
 @kernel
-def _nibble(byte, i):
-    """Of input i of a run: the first 16 lie in the low nibbles."""
-    return byte & 15 if i < 16 else byte >> 4
+def _code(run, bits, row, i):
+    """What a run of 32 inputs' codes of so many bits holds for a row and input i."""
+    four = i // 4
+    byte = load_byte(run + 64 * (four % bits) + 4 * row + i % 4)
+    return byte >> bits * (four // bits) & (1 << bits) - 1
 
 
 @kernel

@@ -338,42 +338,19 @@ def forward(
         row = 1 + STAGES * s.n_layers
         embedding = matrices[7 * s.n_layers :]
         if n_best and n_wanted == 1 and embedding[0, FORMAT] == PLANES:
-            head.prepare(counters, row, 1, thread, h, scratch.head)
-            head.rank(
+            head.largest_logits(
                 counters,
-                row + 1,
-                items,
+                row,
                 thread,
-                embedding,
+                n_threads,
+                embedding[0],
+                weights.remainders,
                 s.vocab_size,
                 h,
-                scratch.head,
-                n_threads,
-            )
-            head.choose(counters, row + 2, 1, thread, n_best, scratch.head)
-            head.refine_chosen(
-                counters,
-                row + 3,
                 n_best,
-                thread,
-                embedding,
-                h,
-                scratch.head,
                 s.final_soft_cap,
-                logits[0],
-            )
-            head.refine(
-                counters,
-                row + 4,
-                items,
-                thread,
-                embedding,
-                n_best,
-                h,
                 scratch.head,
-                s.final_soft_cap,
                 logits[0],
-                n_threads,
             )
         else:
             matmul.matmul(counters, row, items, thread, embedding, h, logits, panels, n_threads)

@@ -23,7 +23,14 @@ from gemma_cli.runtime import isa, matmul_amx, matmul_panels
 from gemma_cli.runtime.codes import dots_codebook, dots_int4, dots_int8, dots_planes
 from gemma_cli.runtime.inputs import together_address
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.matrix import PREFETCH, PREFETCH_NEAR, SCALES, run_bytes, tile_address
+from gemma_cli.runtime.matrix import (
+    SCALES,
+    advance,
+    look_ahead,
+    look_ahead_others,
+    run_bytes,
+    tile_address,
+)
 from gemma_cli.runtime.tables import (
     BF16,
     CODEBOOK,
@@ -44,8 +51,6 @@ from gemma_cli.runtime.vector import (
     load_bf16,
     load_f16,
     load_f32,
-    prefetch,
-    prefetch_near,
     store_rows,
     zeros,
 )
@@ -55,16 +60,6 @@ _many = matmul_amx if isa.AMX else matmul_panels
 
 SOME = 4
 """Tokens, more than one, for which there is no need to do as much as for TOKENS."""
-
-
-@kernel
-def look_ahead(w, n_bytes, n):
-    """Asks the memory for what will be read when n tokens are done with what is read now."""
-    for line in range(0, n_bytes, 64):
-        if n == 1:
-            prefetch(w + PREFETCH + line)
-        else:
-            prefetch_near(w + PREFETCH_NEAR + line)
 
 
 def _float_kernel(n):
@@ -96,11 +91,11 @@ def _few_kernel(n):
     width, step, scale_step = (1, 32, 4) if n == 1 else (TOKENS, TOGETHER, TOGETHER)
 
     @kernel
-    def multiply(matrix, w, low, x, scales, offsets, y, y_stride, count):
+    def multiply(matrix, w, others, x, scales, offsets, y, y_stride, count):
         """Fills y[t, 0:16] for the first `count` of n tokens.
 
-        w, low: addresses of the tile and, for PLANES, of its low nibbles. x, scales, offsets: of
-        the token's inputs as quantize_row leaves them or, if n > 1, of those of TOKENS that lie
+        w, others: addresses of the tile and, for PLANES, of its other planes. x, scales, offsets:
+        of the token's inputs as quantize_row leaves them or, if n > 1, of those of TOKENS that lie
         together; y as in _float_kernel.
         """
         fmt, levels, acc = matrix[FORMAT], matrix[CODEBOOK], zeros(n)
@@ -115,9 +110,9 @@ def _few_kernel(n):
                 elif fmt == INT4_CODEBOOK:
                     dots = dots_codebook(w, levels, x, offsets, n, width)
                 elif fmt == PLANES:
-                    look_ahead(low, part, n)
-                    dots = dots_planes(w, low, x, offsets, n, width)
-                    low += part
+                    look_ahead_others(others, n)
+                    dots = dots_planes(w, others, x, offsets, n, width)
+                    others = advance(others, 32)
                 else:
                     dots = dots_int8(w, 0, x, offsets, n, width)
                 w += part
@@ -142,15 +137,16 @@ def multiply_few(matrix, first, last, h, y, y_stride):
     """
     n_tokens = len(h.codes)
     for tile in range(first, last):
-        w, low = tile_address(matrix, tile)
+        w, others = tile_address(matrix, tile)
         out = y + 64 * (tile - first)
         if n_tokens == 1:
             x = address_of(h.codes)
-            _one(matrix, w, low, x, address_of(h.scales), address_of(h.offsets), out, y_stride, 1)
+            scales, offsets = address_of(h.scales), address_of(h.offsets)
+            _one(matrix, w, others, x, scales, offsets, out, y_stride, 1)
             continue
         for t in range(0, n_tokens, TOKENS):
             x = together_address(h, t, 0)
-            args = (matrix, w, low, x, x + CODES, x + CODES + 4 * TOKENS)
+            args = (matrix, w, others, x, x + CODES, x + CODES + 4 * TOKENS)
             if n_tokens - t <= SOME:
                 _some(*args, out + t * y_stride, y_stride, n_tokens - t)
             else:

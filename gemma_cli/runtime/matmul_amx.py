@@ -28,7 +28,7 @@ from gemma_cli.runtime.codes import (
 )
 from gemma_cli.runtime.inputs import block_address
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.matrix import SCALES, run_bytes, tile_address, tile_bytes
+from gemma_cli.runtime.matrix import SCALES, advance, run_bytes, tile_address, tile_bytes
 from gemma_cli.runtime.tables import (
     BF16,
     CODEBOOK,
@@ -74,7 +74,7 @@ def first_tile(item, n_tiles, n_threads, most):
 
 @kernel
 def _part_bytes(matrix, n):
-    """Bytes of n inputs of a tile, n a multiple of the group size; of PLANES the high nibbles'."""
+    """Bytes of n inputs of a tile, n a multiple of the group size; of PLANES the first plane's."""
     if matrix[FORMAT] == BF16:
         return 32 * n
     group_size = matrix[GROUP_SIZE]
@@ -85,7 +85,7 @@ def _part_bytes(matrix, n):
 def _expand(matrix, tile, start, stop, target):
     """Expands the inputs start to stop of a tile to tiles of bfloat16, STEP bytes apart."""
     fmt, group_size = matrix[FORMAT], matrix[GROUP_SIZE]
-    w, low = tile_address(matrix, tile)
+    w, others = tile_address(matrix, tile)
     for i in range(start, stop, 32):
         if fmt == BF16:
             expand_bf16(w + _part_bytes(matrix, i), target)
@@ -96,7 +96,7 @@ def _expand(matrix, tile, start, stop, target):
             if fmt == INT8:
                 expand_scaled_int8(codes, 0, scales, target)
             elif fmt == PLANES:
-                expand_scaled_planes(codes, low + 8 * i, scales, target)
+                expand_scaled_planes(codes, advance(others, i), scales, target)
             else:
                 expand_scaled_codebook(codes, matrix[CODEBOOK], scales, target)
         target += STEP

@@ -20,7 +20,14 @@ from gemma_cli.runtime.inputs import round_together, together_address
 from gemma_cli.runtime.isa import ZEN4
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.layers import gated
-from gemma_cli.runtime.matrix import PREFETCH, SCALES, run_bytes, tile_address
+from gemma_cli.runtime.matrix import (
+    SCALES,
+    advance,
+    look_ahead,
+    look_ahead_others,
+    run_bytes,
+    tile_address,
+)
 from gemma_cli.runtime.tables import (
     CODEBOOK,
     FORMAT,
@@ -72,10 +79,10 @@ def _multiply_panel(fmt, n_runs, w, x, sums, first):
 
 
 @kernel
-def _expand(matrix, w, low, n_groups, panel):
+def _expand(matrix, w, others, n_groups, panel):
     """Expands some groups, run by run, at the address `panel`: codes to bytes, and their scales.
 
-    w: address of the first group; low: of its low nibbles, for PLANES.
+    w: address of the first group; others: those of its other planes, for PLANES.
     """
     fmt = matrix[FORMAT]
     part = run_bytes(fmt)
@@ -83,17 +90,15 @@ def _expand(matrix, w, low, n_groups, panel):
         scales = w
         w += SCALES
         for _ in range(matrix[GROUP_SIZE] // 32):
-            for line in range(0, part, 64):
-                prefetch(w + PREFETCH + line)
-                if fmt == PLANES:
-                    prefetch(low + PREFETCH + line)
+            look_ahead(w, part, 1)
             if fmt == INT4:
                 expand_int4(w, 0, panel)
             elif fmt == INT4_CODEBOOK:
                 expand_codebook(w, matrix[CODEBOOK], panel)
             elif fmt == PLANES:
-                expand_planes(w, low, panel)
-                low += part
+                look_ahead_others(others, 1)
+                expand_planes(w, others, panel)
+                others = advance(others, 32)
             else:
                 expand_int8(w, 0, panel)
             expand_scales(scales, panel + 512)
@@ -108,10 +113,10 @@ def _add_part(matrix, tile, start, stop, h, panel, sums):
     """
     n_tokens, group_size, fmt = len(h.values), matrix[GROUP_SIZE], matrix[FORMAT]
     n_groups, n_runs = (stop - start) // group_size, (stop - start) // 32
-    address, low = tile_address(matrix, tile)
+    address, others = tile_address(matrix, tile)
     step = SCALES + group_size // 32 * run_bytes(fmt)
     w = address + start // group_size * step
-    _expand(matrix, w, low + 8 * start, n_groups, panel)
+    _expand(matrix, w, advance(others, start), n_groups, panel)
     # While these tokens are multiplied, the next tile's codes come from the memory.
     next_tile = w + matrix[N_IN] // group_size * step
     n_bytes = n_groups * step

@@ -15,7 +15,11 @@ from gemma_cli.runtime.tables import (
     N_TILES,
     PLANES,
 )
-from quantize.packing import SLAB_TILES
+from gemma_cli.runtime.vector import prefetch, prefetch_near
+from quantize.packing import PLANE_BITS, SLAB_TILES
+
+# Bytes of 16 rows' codes of an input in the planes after the first, whose scales lie between.
+SECOND, THIRD = (2 * bits for bits in PLANE_BITS[1:])
 
 SCALES = 32
 """Bytes of the 16 float16 scales that open a block."""
@@ -30,7 +34,9 @@ of one run of inputs leave no room for those of the next to begin, as those of o
 
 @kernel
 def run_bytes(fmt):
-    """Bytes of 32 inputs' codes in a tile, for PLANES in each plane."""
+    """Bytes of 32 inputs' codes in a tile, for PLANES in the first plane."""
+    if fmt == PLANES:
+        return 64 * PLANE_BITS[0]
     return 512 if fmt == INT8 else 256
 
 
@@ -48,12 +54,41 @@ def tile_bytes(matrix):
 
 @kernel
 def tile_address(matrix, tile):
-    """Where a tile lies, and, for PLANES, its low nibbles."""
+    """Where a tile lies, and, for PLANES, what its second and third plane add to the first."""
     size = tile_bytes(matrix)
     if matrix[FORMAT] != PLANES:
-        return matrix[ADDRESS] + tile * size, 0
-    low = 8 * matrix[N_IN]
+        return matrix[ADDRESS] + tile * size, (0, 0)
     before, within = tile // SLAB_TILES * SLAB_TILES, tile % SLAB_TILES
-    slab = matrix[ADDRESS] + before * size
     n_tiles = min(SLAB_TILES, matrix[N_TILES] - before)
-    return slab + within * (size - low), slab + n_tiles * (size - low) + within * low
+    second_bytes, third_bytes = SECOND * matrix[N_IN], THIRD * matrix[N_IN]
+    first_bytes = size - second_bytes - third_bytes
+    first = matrix[ADDRESS] + before * size
+    second = first + n_tiles * first_bytes
+    third = second + n_tiles * second_bytes
+    return (
+        first + within * first_bytes,
+        (second + within * second_bytes, third + within * third_bytes),
+    )
+
+
+@kernel
+def look_ahead(w, n_bytes, n):
+    """Asks the memory for what will be read when n tokens are done with what is read now."""
+    for line in range(0, n_bytes, 64):
+        if n == 1:
+            prefetch(w + PREFETCH + line)
+        else:
+            prefetch_near(w + PREFETCH_NEAR + line)
+
+
+@kernel
+def look_ahead_others(others, n):
+    """The same for 32 inputs of the second and the third plane."""
+    look_ahead(others[0], 32 * SECOND, n)
+    look_ahead(others[1], 32 * THIRD, n)
+
+
+@kernel
+def advance(others, n):
+    """The addresses of the second and the third plane, n inputs further."""
+    return others[0] + SECOND * n, others[1] + THIRD * n

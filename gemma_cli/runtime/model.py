@@ -56,12 +56,13 @@ def default_threads() -> int:
 def bytes_per_token(matrices: Mapping[str, MatrixSpec]) -> int:
     """Bytes of weights that decoding one token reads, when the likeliest token is wanted.
 
-    Of an output head in two planes that is the first, and the tiles of the second that may hold
-    the likeliest, a few in a thousand, which are not counted.
+    Of an output head in planes that is the first, and some tiles' others, a few percent, which are
+    not counted.
     """
     head = matrices["embed"]
-    low = 8 * head.n_in * packing.n_tiles(head.n_out) if head.format == "int8_planes" else 0
-    return sum(m.nbytes for m in matrices.values()) - low
+    unread = 2 * sum(packing.PLANE_BITS[1:]) if head.format == "int8_planes" else 0
+    n_bytes = sum(m.nbytes for m in matrices.values())
+    return n_bytes - unread * head.n_in * packing.n_tiles(head.n_out)
 
 
 def rotary_frequencies(head_dim: int, base: float, scale: float) -> NDArray[np.float64]:
@@ -153,7 +154,11 @@ class Model:
         )
         slides = np.array(config.sliding_layers, np.bool_)
         exact = bool(np.isin(matrices[:, tables.FORMAT], (tables.BF16, tables.F32)).all())
-        return Weights(matrices, norms, slides, frequencies, exact)
+        head = file.matrices["embed"]
+        remainders = np.zeros((2, 2))
+        if head.format == "int8_planes":
+            remainders = packing.remainders(file.tiles["embed"], head.n_in)
+        return Weights(matrices, norms, slides, frequencies, exact, remainders)
 
     def _matrix(self, name: str) -> tuple[int, ...]:
         """A matrix's row of the kernels' table."""

@@ -137,13 +137,15 @@ class AMXAttentionScratch(NamedTuple):
 class HeadScratch(NamedTuple):
     """What the passes over the head write to."""
 
-    scales: NDArray[np.float32]  # (hidden_size / 32,), 16 times those of the inputs
-    offsets: NDArray[np.int32]  # (hidden_size / 32,), -16 * 7.5 times the inputs' sum
-    variances: NDArray[np.float32]  # (hidden_size / 32,), of a run with a weight scale of 1
+    # Of each run of 32 inputs, for one plane that is read and for two.
+    scales: NDArray[np.float32]  # (2, hidden_size / 32), times what a code's last bit is worth
+    offsets: NDArray[np.int32]  # (2, hidden_size / 32), which `dots_plane` adds
+    variances: NDArray[np.float32]  # (2, hidden_size / 32), with a weight scale of 1
     lower: NDArray[np.float32]  # (n_tiles,), what a tile's largest logit is at least
     upper: NDArray[np.float32]  # (n_tiles,), what it is at most
-    best: NDArray[np.float32]  # (n_tiles,), n_best: the largest of `lower`, then of logits
-    chosen: NDArray[np.int64]  # (n_tiles,), n_best: the tiles that they are of
+    best: NDArray[np.float32]  # (n_tiles,), n_chosen: the largest of `lower`, then of logits
+    chosen: NDArray[np.int64]  # (n_tiles,), n_chosen: the tiles that they are of
+    least: NDArray[np.float32]  # (1,), what n_best logits are not below
 
 
 class Scratch(NamedTuple):
@@ -235,23 +237,24 @@ def allocate_amx_attention(n_threads: int, head_dim: int) -> AMXAttentionScratch
 def allocate_head(hidden_size: int, n_tiles: int) -> HeadScratch:
     n_runs = hidden_size // 32
     return HeadScratch(
-        np.zeros(n_runs, np.float32),
-        np.zeros(n_runs, np.int32),
-        np.zeros(n_runs, np.float32),
+        np.zeros((2, n_runs), np.float32),
+        np.zeros((2, n_runs), np.int32),
+        np.zeros((2, n_runs), np.float32),
         np.zeros(n_tiles, np.float32),
         np.zeros(n_tiles, np.float32),
         np.zeros(n_tiles, np.float32),
         np.zeros(n_tiles, np.int64),
+        np.zeros(1, np.float32),
     )
 
 
-STAGES = 11
-"""Stages of a layer."""
+STAGES, HEAD_STAGES = 11, 10
+"""Stages of a layer, and of the output head."""
 
 
 def n_stages(n_layers: int) -> int:
     """Rows of counters that `forward` needs."""
-    return 1 + STAGES * n_layers + 5
+    return 1 + STAGES * n_layers + HEAD_STAGES
 
 
 def counters(n_stages: int) -> NDArray[np.int64]:
