@@ -11,13 +11,13 @@ int4 and int8: a tile is a run of blocks, one for each group of `group_size` inp
                and input 16 + 4 b + j in its high nibble
         int8   8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j, as code + 128
 
-int8_planes: int8 in three planes, of which a reader may want only the first ones: the two highest
-bits of code + 128, the next two, and the low nibble (PLANE_BITS). A slab of SLAB_TILES tiles (the
-last one of what is left) has the first plane of all its tiles, in groups with their scales, then
-the second and the third, which are nothing but codes. Those of 32 inputs are
+int8_planes: int8 in four planes, of which a reader may want only the first ones: the two highest
+bits of code + 128, the next, the next, and the low nibble (PLANE_BITS). A slab of SLAB_TILES tiles
+(the last one of what is left) has the first plane of all its tiles, in groups with their scales,
+then the others one after the other, which are nothing but codes. Of 32 inputs, n bits each are
 
-        2 x 64 bytes of 2 bits, or 4 x 64 of 4: with n bits, byte (4 r + j) of run b holds row r,
-        input 4 (b + n k) + j in its bits from n k on, for every k that there is room for
+        n x 64 bytes: byte (4 r + j) of run b holds row r, input 4 (b + n k) + j in its bits from
+        n k on, for every k that there is room for
 
 bf16 and f32: input by input, the weights of the 16 rows.
 
@@ -39,11 +39,11 @@ TILE_ROWS = 16
 RUN_INPUTS = 32
 """Inputs in one full run of a block; also the inputs that share an activation scale."""
 
-PLANE_BITS = (2, 2, 4)
+PLANE_BITS = (2, 1, 1, 4)
 """Bits of a code in each plane."""
 
 SLAB_TILES = 64
-"""Tiles whose first planes lie together, and then their second ones, and their third."""
+"""Tiles whose first planes lie together, and then their second ones, and so on."""
 
 _LOOKED_AT = 16
 """Tiles, all over the matrix, that `remainders` looks at."""
@@ -187,24 +187,24 @@ def _join(planes: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 def _planes(slab: NDArray[np.uint8], n_in: int) -> list[NDArray[np.uint8]]:
     """The planes of a slab's tiles, (n_tiles, ...) each, the first with scales."""
-    second, third = (bits * 2 * n_in for bits in PLANE_BITS[1:])
-    first = slab.shape[1] - second - third
-    ends = len(slab) * np.array([first, first + second])
+    others = [bits * 2 * n_in for bits in PLANE_BITS[1:]]
+    first = slab.shape[1] - sum(others)
+    ends = len(slab) * np.cumsum([first, *others[:-1]])
     return [plane.reshape(len(slab), -1) for plane in np.split(slab.ravel(), ends)]
 
 
 def remainders(tiles: NDArray[np.uint8], n_in: int) -> NDArray[np.float64]:
-    """What a code's bits beyond the first plane, and beyond the second, are worth: (2, 2).
+    """What a code's bits are worth that the first plane leaves, the first two, and the first three.
 
-    tiles: of a whole matrix in int8_planes, of which some are looked at. For each of both the mean
-    and the variance.
+    tiles: of a whole matrix in int8_planes, of which some are looked at -> (3, 2), each time the
+    mean and the variance.
     """
     slabs = _slabs(len(tiles))
     some = slabs[:: -(-len(slabs) // _LOOKED_AT)]
     each = -(-_LOOKED_AT // len(some))
     planes = [[plane[:each] for plane in _planes(tiles[slab], n_in)[1:]] for slab in some]
-    second, third = (np.concatenate(plane) for plane in zip(*planes, strict=True))
-    values = _join([second, third]), _join([third])
+    others = [np.concatenate(plane) for plane in zip(*planes, strict=True)]
+    values = [_join(others[i:]) for i in range(len(others))]
     return np.array([(value.mean(), value.var()) for value in values])
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -142,11 +143,10 @@ def integer_functions() -> dict[str, Emit]:
         return b.add(case, _I64(n_bytes))
 
     def others(b: ir.IRBuilder, case: ir.Value) -> ir.Value:
-        pair = ir.Constant(ir.ArrayType(_I64, 2), ir.Undefined)
-        first, second = (64 * bits for bits in packing.PLANE_BITS[:2])
-        for i, start in enumerate((first, first + second)):
-            pair = b.insert_value(pair, at(b, case, offset["w"] + start), i)
-        return pair
+        addresses = ir.Constant(ir.ArrayType(_I64, 3), ir.Undefined)
+        for i, bits in enumerate(accumulate(packing.PLANE_BITS[:3])):
+            addresses = b.insert_value(addresses, at(b, case, offset["w"] + 64 * bits), i)
+        return addresses
 
     def dots(intrinsic: Any, *weights: str) -> Emit:
         def emit(b: ir.IRBuilder, case: ir.Value, out: ir.Value) -> None:
@@ -175,8 +175,9 @@ def integer_functions() -> dict[str, Emit]:
         "dots_codebook": dots(codes.dots_codebook, "w", "levels"),
         "dots_int8": dots(codes.dots_int8, "w", "w"),
         "dots_planes": dots(codes.dots_planes, "w", "others"),
-        "dots_plane": dots(codes.dots_plane, "w", "others"),
+        "dots_one_plane": dots(codes.dots_one_plane, "w", "others"),
         "dots_two_planes": dots(codes.dots_two_planes, "w", "others"),
+        "dots_three_planes": dots(codes.dots_three_planes, "w", "others"),
         "dots_expanded": dots(codes.dots_expanded, "w", "w"),
         "dots_pairs": dots_pairs,
         "expand_int4": expand(codes.expand_int4, "w", "levels"),
@@ -381,7 +382,7 @@ def examples(function: str) -> tuple[NDArray[np.void], NDArray[np.int32] | NDArr
         return pair_examples(rng)
     task, form = function.split("_", 1)
     small = form in ("int4", "codebook", "expanded")
-    unread = {"plane": 6, "two_planes": 4}.get(form, 0)
+    unread = {"one_plane": 6, "two_planes": 5, "three_planes": 4}.get(form, 0)
     codebook = np.array(CODEBOOK if form == "codebook" else LINEAR_LEVELS)
     cases, results = np.zeros(CASES, CASE), []
     for case in cases:

@@ -558,7 +558,7 @@ def test_the_largest_logits_are_those_of_the_whole_head(n_best: int, group_size:
 
 
 @pytest.mark.parametrize("kind", ["one is large", "sixteen levels", "three levels", "few bits"])
-@pytest.mark.parametrize("n_planes", [1, 2])
+@pytest.mark.parametrize("n_planes", [1, 2, 3])
 def test_bounds_hold_for_codes_that_are_not_spread_evenly(n_planes: int, kind: str) -> None:
     rng = np.random.default_rng(25)
     shape = 320, 256

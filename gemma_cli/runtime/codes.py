@@ -165,7 +165,7 @@ def _dot_products(
 
 
 def _bytes(b: ir.IRBuilder, w: ir.Value, bits: int, above: int = 0) -> list[ir.Value]:
-    """32 inputs' codes of 2 or 4 bits, in the order of the inputs, `above` so many lower bits."""
+    """32 inputs' codes of 1, 2 or 4 bits, in their order, `above` so many lower bits."""
     packed = [emit.load(b, emit.offset(b, w, 64 * run), VI32) for run in range(bits)]
     codes = []
     for shift in range(-above, 8 - above, bits):
@@ -203,8 +203,11 @@ def _planes_bytes(b: ir.IRBuilder, *addresses: ir.Value) -> list[ir.Value]:
 
 
 def _all_planes(b: ir.IRBuilder, w: ir.Value, others: ir.Value) -> list[ir.Value]:
-    """The bytes of 32 inputs, where each has one."""
-    return _planes_bytes(b, w, *(b.extract_value(others, i) for i in range(2)))
+    return _planes_bytes(b, w, *_addresses(b, others))
+
+
+def _addresses(b: ir.IRBuilder, others: ir.Value) -> list[ir.Value]:
+    return [b.extract_value(others, i) for i in range(len(PLANE_BITS) - 1)]
 
 
 def _dots(
@@ -261,26 +264,26 @@ dots_planes = _dots(
     _all_planes,
     128,
     False,
-    """As dots_int8, of codes in three planes (quantize.packing).
+    """As dots_int8, of codes in planes (quantize.packing).
 
-    w: address of the first plane; other: a pair of addresses, of the second and the third.
+    w: address of the first plane; other: the addresses of the others, a tuple.
     """,
 )
-dots_plane = _dots(
-    lambda b, w, other: _planes_bytes(b, w),
-    0,
-    True,
-    """dot[t][r] = offset[t] + sum over 32 inputs i of code[r, i] x[t, i], for n tokens t.
 
-    Of the codes 0 to 3 of dots_planes' first plane.
-    """,
-)
-dots_two_planes = _dots(
-    lambda b, w, other: _planes_bytes(b, w, b.extract_value(other, 0)),
-    0,
-    True,
-    "As dots_plane, of the codes 0 to 15 of the first plane and the second.",
-)
+
+def _dots_upper(n_planes: int) -> Any:
+    return _dots(
+        lambda b, w, other: _planes_bytes(b, w, *_addresses(b, other)[: n_planes - 1]),
+        0,
+        True,
+        """dot[t][r] = offset[t] + sum over 32 inputs i of u[r, i] x[t, i], for n tokens t.
+
+        u: what the first planes of `dots_planes` hold of a code + 128, at most 15.
+        """,
+    )
+
+
+dots_one_plane, dots_two_planes, dots_three_planes = map(_dots_upper, (1, 2, 3))
 EXPANDED_ZERO = 128 if _UNSIGNED else 8
 """What expand_int4 has for 0."""
 

@@ -1,8 +1,8 @@
 """The largest logits, from a third of the output head's bytes.
 
 The head is the embedding, an int8 matrix whose codes lie in planes (quantize.packing): the two
-highest bits of code + 128, the next two, and the low nibble. With u the bits that are read, worth
-2^n each, and l the rest, whose mean and variance `packing.remainders` has found, a logit is
+highest bits of code + 128, the next, the next, and the low nibble. With u the bits that are read,
+worth 2^n each, and l the rest, whose mean and variance `packing.remainders` has found, a logit is
 
     sum over i of scale (2^n u[i] + l[i] - 128) x[i]
 
@@ -11,11 +11,11 @@ errs with the variance of var(l) sum over i of (scale x[i])^2. A token whose est
 MARGIN deviations of the largest ones may be one of them: of the tiles with such tokens more planes
 are read, and in the end all. Their logits are those of the whole matrix, bit for bit.
 
-In each round, those tiles come first that promise most. What they hold is a bound without an error,
-and leaves fewer of the others. If the largest logit is wanted, 1.7% of Gemma 3 270M's tiles are
-left after one plane in the median, and 6% in the mean: where a text may go on in many ways,
-estimates tell little. After two it is 0.1%. If the 64 largest are wanted, 60% would be left after
-one plane: so two are read at once, which leave 2%.
+In each of two rounds, those tiles come first that promise most. What they hold is a bound without
+an error, and leaves fewer of the others. If the largest logit is wanted, 1.7% of Gemma 3 270M's
+tiles are left after one plane in the median, and 6% in the mean: where a text may go on in many
+ways, estimates tell little. After two it is 0.1%. If the 64 largest are wanted, 62% would be left
+after one plane; so two are read at once, which leave 8%, and then three, which leave 1%.
 
 That is for one position. Several have the whole matrix read: they take so long to multiply that
 the other planes come meanwhile, and together they would need more of their tiles.
@@ -25,17 +25,11 @@ import math
 
 import numpy as np
 
-from gemma_cli.runtime.codes import dots_plane, dots_two_planes
+from gemma_cli.runtime.codes import dots_one_plane, dots_three_planes, dots_two_planes
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.layers import soft_cap
 from gemma_cli.runtime.matmul import ITEMS, first_tile, multiply_few
-from gemma_cli.runtime.matrix import (
-    SCALES,
-    SECOND,
-    advance,
-    look_ahead,
-    tile_address,
-)
+from gemma_cli.runtime.matrix import OTHERS, SCALES, advance, look_ahead, tile_address
 from gemma_cli.runtime.tables import GROUP_SIZE, N_IN, N_TILES
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
@@ -57,7 +51,7 @@ from quantize.packing import PLANE_BITS, SLAB_TILES
 MARGIN = 5.0
 """Deviations of an estimate's error to allow for, up and down: 7 of a difference of two."""
 
-FROM_ONE_PLANE = 8
+FROM_ONE_PLANE = 4
 """Up to so many of the largest logits are looked for from one plane on, more from two."""
 
 AT_LEAST = 16
@@ -74,7 +68,7 @@ def _prepare(item, thread, h, remainders, scratch):
         first, second = load_i8(codes + 32 * run), load_i8(codes + 32 * run + 16)
         squares = horizontal_sum(first * first + second * second)
         scale, unread = h.scales[0, run], 8
-        for planes in range(2):
+        for planes in range(3):
             unread -= PLANE_BITS[planes]
             mean, variance = remainders[planes]
             unit = 1 << unread
@@ -86,7 +80,8 @@ def _prepare(item, thread, h, remainders, scratch):
 
 
 def _bounds_kernel(n_planes):
-    """The kernel that estimates a tile's logits from its first plane, or the first two."""
+    """The kernel that estimates a tile's logits from its first planes."""
+    dots_upper = (dots_one_plane, dots_two_planes, dots_three_planes)[n_planes - 1]
 
     @kernel
     def bounds(matrix, tile, x, scratch):
@@ -103,15 +98,12 @@ def _bounds_kernel(n_planes):
             w += SCALES
             for _ in range(matrix[GROUP_SIZE] // 32):
                 look_ahead(w, part, 1)
-                if n_planes == 1:
-                    dots = dots_plane(w, others, x, offsets, 1, 1)
-                else:
-                    look_ahead(others[0], 32 * SECOND, 1)
-                    dots = dots_two_planes(w, others, x, offsets, 1, 1)
-                    others = advance(others, 32)
+                for other in range(n_planes - 1):
+                    look_ahead(others[other], 32 * OTHERS[other], 1)
+                dots = dots_upper(w, others, x, offsets, 1, 1)
                 estimate = add_scaled(estimate, dots, scale, scales)
                 variance = add_outer(variance, square, variances, 4)
-                w, x = w + part, x + 32
+                w, others, x = w + part, advance(others, 32), x + 32
                 scales, offsets, variances = scales + 4, offsets + 4, variances + 4
         reach = splat(MARGIN) * sqrt(variance[0])
         return estimate[0] - reach, estimate[0] + reach
@@ -119,7 +111,7 @@ def _bounds_kernel(n_planes):
     return bounds
 
 
-_bounds_of_one, _bounds_of_two = _bounds_kernel(1), _bounds_kernel(2)
+_bounds_of_one, _bounds_of_two, _bounds_of_three = map(_bounds_kernel, (1, 2, 3))
 
 
 @kernel
@@ -132,8 +124,10 @@ def _rank_tile(matrix, tile, n_planes, vocab_size, h, scratch):
         return
     if n_planes == 1:
         lower, upper = _bounds_of_one(matrix, tile, x, scratch)
-    else:
+    elif n_planes == 2:
         lower, upper = _bounds_of_two(matrix, tile, x, scratch)
+    else:
+        lower, upper = _bounds_of_three(matrix, tile, x, scratch)
     scratch.lower[tile], scratch.upper[tile] = horizontal_max(lower), horizontal_max(upper)
 
 
@@ -153,11 +147,11 @@ def _slab(item, n_tiles):
 
 
 @stage
-def _rank_again(slab, thread, matrix, vocab_size, h, scratch):
-    """Ranks a slab's tiles that may hold one of the largest logits from two planes."""
+def _rank_again(slab, thread, matrix, n_planes, vocab_size, h, scratch):
+    """Ranks a slab's tiles that may hold one of the largest logits."""
     for tile in _slab(slab, matrix[N_TILES]):
         if scratch.upper[tile] >= scratch.least[0]:
-            _rank_tile(matrix, tile, 2, vocab_size, h, scratch)
+            _rank_tile(matrix, tile, n_planes, vocab_size, h, scratch)
 
 
 @stage
@@ -259,9 +253,8 @@ def largest_logits(
     _choose(counters, row + 2, 1, thread, n_chosen, scratch)
     _refine_chosen(counters, row + 3, n_chosen, thread, matrix, h, scratch, cap, logits)
     _settle(counters, row + 4, 1, thread, n_best, n_chosen, scratch)
-    if n_planes == 1:
-        _rank_again(counters, row + 5, n_slabs, thread, matrix, vocab_size, h, scratch)
-        _choose(counters, row + 6, 1, thread, n_chosen, scratch)
-        _refine_chosen(counters, row + 7, n_chosen, thread, matrix, h, scratch, cap, logits)
-        _settle(counters, row + 8, 1, thread, n_best, n_chosen, scratch)
+    _rank_again(counters, row + 5, n_slabs, thread, matrix, n_planes + 1, vocab_size, h, scratch)
+    _choose(counters, row + 6, 1, thread, n_chosen, scratch)
+    _refine_chosen(counters, row + 7, n_chosen, thread, matrix, h, scratch, cap, logits)
+    _settle(counters, row + 8, 1, thread, n_best, n_chosen, scratch)
     _refine(counters, row + 9, n_slabs, thread, matrix, h, scratch, cap, logits)

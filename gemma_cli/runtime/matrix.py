@@ -18,8 +18,8 @@ from gemma_cli.runtime.tables import (
 from gemma_cli.runtime.vector import prefetch, prefetch_near
 from quantize.packing import PLANE_BITS, SLAB_TILES
 
-# Bytes of 16 rows' codes of an input in the planes after the first, whose scales lie between.
-SECOND, THIRD = (2 * bits for bits in PLANE_BITS[1:])
+OTHERS = tuple(2 * bits for bits in PLANE_BITS[1:])
+"""Bytes of 16 rows' codes of an input in the planes after the first, which have no scales."""
 
 SCALES = 32
 """Bytes of the 16 float16 scales that open a block."""
@@ -54,21 +54,18 @@ def tile_bytes(matrix):
 
 @kernel
 def tile_address(matrix, tile):
-    """Where a tile lies, and, for PLANES, what its second and third plane add to the first."""
-    size = tile_bytes(matrix)
+    """Where a tile lies, for PLANES its first plane, and where then its others."""
+    size, n_in = tile_bytes(matrix), matrix[N_IN]
     if matrix[FORMAT] != PLANES:
-        return matrix[ADDRESS] + tile * size, (0, 0)
+        return matrix[ADDRESS] + tile * size, (0, 0, 0)
     before, within = tile // SLAB_TILES * SLAB_TILES, tile % SLAB_TILES
     n_tiles = min(SLAB_TILES, matrix[N_TILES] - before)
-    second_bytes, third_bytes = SECOND * matrix[N_IN], THIRD * matrix[N_IN]
-    first_bytes = size - second_bytes - third_bytes
-    first = matrix[ADDRESS] + before * size
-    second = first + n_tiles * first_bytes
-    third = second + n_tiles * second_bytes
-    return (
-        first + within * first_bytes,
-        (second + within * second_bytes, third + within * third_bytes),
-    )
+    first = size - sum(OTHERS) * n_in
+    slab = matrix[ADDRESS] + before * size
+    second = slab + n_tiles * first
+    third = second + n_tiles * OTHERS[0] * n_in
+    fourth = third + n_tiles * OTHERS[1] * n_in
+    return slab + within * first, advance((second, third, fourth), within * n_in)
 
 
 @kernel
@@ -83,12 +80,13 @@ def look_ahead(w, n_bytes, n):
 
 @kernel
 def look_ahead_others(others, n):
-    """The same for 32 inputs of the second and the third plane."""
-    look_ahead(others[0], 32 * SECOND, n)
-    look_ahead(others[1], 32 * THIRD, n)
+    """The same for 32 inputs of the planes after the first."""
+    for plane in range(3):
+        look_ahead(others[plane], 32 * OTHERS[plane], n)
 
 
 @kernel
 def advance(others, n):
-    """The addresses of the second and the third plane, n inputs further."""
-    return others[0] + SECOND * n, others[1] + THIRD * n
+    """The addresses of the planes after the first, n inputs further."""
+    second, third, fourth = others
+    return second + OTHERS[0] * n, third + OTHERS[1] * n, fourth + OTHERS[2] * n

@@ -155,7 +155,7 @@ class Model:
         slides = np.array(config.sliding_layers, np.bool_)
         exact = bool(np.isin(matrices[:, tables.FORMAT], (tables.BF16, tables.F32)).all())
         head = file.matrices["embed"]
-        remainders = np.zeros((2, 2))
+        remainders = np.zeros((3, 2))
         if head.format == "int8_planes":
             remainders = packing.remainders(file.tiles["embed"], head.n_in)
         return Weights(matrices, norms, slides, frequencies, exact, remainders)

@@ -47,4 +47,4 @@ class Weights(NamedTuple):
     slides: NDArray[np.bool_]  # (n_layers,)
     frequencies: NDArray[np.float64]  # (2 global or sliding, head_dim / 2), of rotary positions
     exact: bool  # no matrix is rounded to codes
-    remainders: NDArray[np.float64]  # (2, 2), packing.remainders of an output head in planes
+    remainders: NDArray[np.float64]  # (3, 2), packing.remainders of an output head in planes

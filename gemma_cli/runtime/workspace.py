@@ -137,10 +137,10 @@ class AMXAttentionScratch(NamedTuple):
 class HeadScratch(NamedTuple):
     """What the passes over the head write to."""
 
-    # Of each run of 32 inputs, for one plane that is read and for two.
-    scales: NDArray[np.float32]  # (2, hidden_size / 32), times what a code's last bit is worth
-    offsets: NDArray[np.int32]  # (2, hidden_size / 32), which `dots_plane` adds
-    variances: NDArray[np.float32]  # (2, hidden_size / 32), with a weight scale of 1
+    # Of each run of 32 inputs, for one plane that is read, for two and for three.
+    scales: NDArray[np.float32]  # (3, hidden_size / 32), times what a code's last bit is worth
+    offsets: NDArray[np.int32]  # (3, hidden_size / 32), which `dots_one_plane` adds
+    variances: NDArray[np.float32]  # (3, hidden_size / 32), with a weight scale of 1
     lower: NDArray[np.float32]  # (n_tiles,), what a tile's largest logit is at least
     upper: NDArray[np.float32]  # (n_tiles,), what it is at most
     best: NDArray[np.float32]  # (n_tiles,), n_chosen: the largest of `lower`, then of logits
@@ -237,9 +237,9 @@ def allocate_amx_attention(n_threads: int, head_dim: int) -> AMXAttentionScratch
 def allocate_head(hidden_size: int, n_tiles: int) -> HeadScratch:
     n_runs = hidden_size // 32
     return HeadScratch(
-        np.zeros((2, n_runs), np.float32),
-        np.zeros((2, n_runs), np.int32),
-        np.zeros((2, n_runs), np.float32),
+        np.zeros((3, n_runs), np.float32),
+        np.zeros((3, n_runs), np.int32),
+        np.zeros((3, n_runs), np.float32),
         np.zeros(n_tiles, np.float32),
         np.zeros(n_tiles, np.float32),
         np.zeros(n_tiles, np.float32),
