@@ -502,23 +502,8 @@ def embed_all(table, factor, x):
 
 
 @njit(nogil=True)
-def run_head(
-    counters, thread, n_threads, matrix, remainders, vocab_size, h, n_best, cap, scratch, logits
-):
-    head.largest_logits(
-        counters,
-        0,
-        thread,
-        n_threads,
-        matrix,
-        remainders,
-        vocab_size,
-        h,
-        n_best,
-        cap,
-        scratch,
-        logits,
-    )
+def run_head(counters, thread, n_threads, *args):
+    head.largest_logits(counters, 0, thread, n_threads, *args)
 
 
 @njit

@@ -131,8 +131,8 @@ def test_remainders_are_what_the_first_planes_leave(n_rows: int) -> None:
     bytes_ = codes.astype(np.int64) + 128
     found = packing.remainders(tiles, 64)
     for (mean, variance), left in zip(found, (bytes_ % 64, bytes_ % 32, bytes_ % 16), strict=True):
-        # Five deviations of a mean of 16,384 codes, and of a variance, which is less certain than
-        # this for none of these: a normal curve's.
+        # Five deviations of a mean of 16,384 codes, and five of a variance, which is at least as
+        # certain as a normal curve's: no code is far from the mean.
         n = min(codes.size, 16 * 16 * 64)
         assert abs(mean - left.mean()) < 5 * left.std() / n**0.5
         assert abs(variance / left.var() - 1) < 5 * (2 / n) ** 0.5

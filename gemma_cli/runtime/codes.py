@@ -164,7 +164,7 @@ def _dot_products(
     return array
 
 
-def _bytes(b: ir.IRBuilder, w: ir.Value, bits: int, above: int = 0) -> list[ir.Value]:
+def _codes(b: ir.IRBuilder, w: ir.Value, bits: int, above: int = 0) -> list[ir.Value]:
     """32 inputs' codes of 1, 2 or 4 bits, in their order, `above` so many lower bits."""
     # Two bytes at a time: one LLVM would shift by GFNI, which has to wait for what multiplies, and
     # for what it makes of four, AVX2 takes a sixth longer to read a prompt.
@@ -178,11 +178,6 @@ def _bytes(b: ir.IRBuilder, w: ir.Value, bits: int, above: int = 0) -> list[ir.V
     return codes
 
 
-def _int4_bytes(b: ir.IRBuilder, w: ir.Value) -> list[ir.Value]:
-    """The codes 0 to 15 of 32 inputs."""
-    return _bytes(b, w, 4)
-
-
 def _int8_bytes(b: ir.IRBuilder, w: ir.Value) -> list[ir.Value]:
     """The bytes of 32 inputs, where each has one."""
     return [emit.load(b, emit.offset(b, w, 64 * run), VI8) for run in range(8)]
@@ -191,7 +186,7 @@ def _int8_bytes(b: ir.IRBuilder, w: ir.Value) -> list[ir.Value]:
 def _codebook_bytes(b: ir.IRBuilder, w: ir.Value, levels: ir.Value) -> list[ir.Value]:
     """The levels + 128 of 32 inputs' codes."""
     table = emit.concat(b, [emit.load(b, levels, ir.VectorType(I8, 16))] * 4)
-    return [_shuffle16(b, table, codes) for codes in _int4_bytes(b, w)]
+    return [_shuffle16(b, table, codes) for codes in _codes(b, w, 4)]
 
 
 def _planes_bytes(b: ir.IRBuilder, *addresses: ir.Value) -> list[ir.Value]:
@@ -199,12 +194,13 @@ def _planes_bytes(b: ir.IRBuilder, *addresses: ir.Value) -> list[ir.Value]:
     bytes_ = [emit.const(VI8, 0)] * 8
     bits = PLANE_BITS[: len(addresses)]
     for i, address in enumerate(addresses):
-        plane = _bytes(b, address, bits[i], above=sum(bits[i + 1 :]))
+        plane = _codes(b, address, bits[i], above=sum(bits[i + 1 :]))
         bytes_ = [b.or_(*both) for both in zip(bytes_, plane, strict=True)]
     return bytes_
 
 
 def _all_planes(b: ir.IRBuilder, w: ir.Value, others: ir.Value) -> list[ir.Value]:
+    """The bytes of 32 inputs, w and others as in dots_planes."""
     return _planes_bytes(b, w, *_addresses(b, others))
 
 
@@ -233,7 +229,7 @@ def _dots(
 
 
 dots_int4 = _dots(
-    lambda b, w, other: _int4_bytes(b, w),
+    lambda b, w, other: _codes(b, w, 4),
     8,
     True,
     """dot[t][r] = sum over 32 inputs i of (code[r, i] - 8) x[t, i], exact, for n tokens t.
@@ -313,7 +309,7 @@ def _expand(unpack: Callable[..., list[ir.Value]], doc: str) -> Any:
 
 expand_int4 = _expand(
     lambda b, w, other: [
-        b.add(codes, emit.const(VI8, EXPANDED_ZERO - 8)) for codes in _int4_bytes(b, w)
+        b.add(codes, emit.const(VI8, EXPANDED_ZERO - 8)) for codes in _codes(b, w, 4)
     ],
     "32 inputs of int4 codes, `w` as in dots_int4, to 8 x 64 bytes at `target`.",
 )

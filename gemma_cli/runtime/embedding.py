@@ -33,7 +33,7 @@ def _weight(matrix, row, column):
         byte = _code(body, 8, r, i)
     elif fmt == PLANES:
         planes, byte = (body, *advance(others, column - i)), 0
-        for plane in range(4):
+        for plane in range(len(PLANE_BITS)):
             bits = PLANE_BITS[plane]
             byte = byte << bits | _code(planes[plane], bits, r, i)
     else:

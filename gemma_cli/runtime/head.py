@@ -29,8 +29,8 @@ from gemma_cli.runtime.codes import dots_one_plane, dots_three_planes, dots_two_
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.layers import soft_cap
 from gemma_cli.runtime.matmul import ITEMS, first_tile, multiply_few
-from gemma_cli.runtime.matrix import OTHERS, SCALES, advance, look_ahead, tile_address
-from gemma_cli.runtime.tables import GROUP_SIZE, N_IN, N_TILES
+from gemma_cli.runtime.matrix import OTHERS, SCALES, advance, look_ahead, run_bytes, tile_address
+from gemma_cli.runtime.tables import GROUP_SIZE, N_IN, N_TILES, PLANES
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     add_outer,
@@ -62,7 +62,7 @@ _DONE = -math.inf  # A bound that no tile has.
 
 @stage
 def _prepare(item, thread, h, remainders, scratch):
-    """What `_bounds` needs to know of a token's inputs, Inputs of one token."""
+    """What `bounds` needs to know of a token's inputs, Inputs of one token."""
     codes = address_of(h.codes)
     for run in range(h.scales.shape[1]):
         first, second = load_i8(codes + 32 * run), load_i8(codes + 32 * run + 16)
@@ -87,7 +87,7 @@ def _bounds_kernel(n_planes):
     def bounds(matrix, tile, x, scratch):
         """What 16 logits are at least, and what they are at most; x: address of the codes."""
         w, others = tile_address(matrix, tile)
-        part = 64 * PLANE_BITS[0]
+        part = run_bytes(PLANES)
         row = 4 * (n_planes - 1) * scratch.scales.shape[1]
         scales, offsets = address_of(scratch.scales) + row, address_of(scratch.offsets) + row
         variances = address_of(scratch.variances) + row

@@ -81,7 +81,7 @@ def look_ahead(w, n_bytes, n):
 @kernel
 def look_ahead_others(others, n):
     """The same for 32 inputs of the planes after the first."""
-    for plane in range(3):
+    for plane in range(len(OTHERS)):
         look_ahead(others[plane], 32 * OTHERS[plane], n)
 
 
