@@ -27,7 +27,8 @@ from numba import literal_unroll
 from numpy.typing import NDArray
 
 from quantize.compilation import FOLDER, cached
-from quantize.grouping import rounded_scales
+from quantize.grouping import stored_scales, units_of
+from quantize.packing import Scales, scale_values
 from quantize.search import Levels, grid_of
 
 _DAMPING = 0.01
@@ -75,36 +76,48 @@ def round_compensated(
     levels: Levels,
     factors: Sequence[Factor],
     *,
+    double: bool = False,
     again: bool = True,
-) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+) -> tuple[NDArray[np.uint8], Scales]:
     """Rounds to the levels of a codebook; without `again`, each group once.
 
     rows: (n_rows, n_in); factors: of as many blocks of the Gram matrix, each of whole groups ->
     codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
     blocks = np.split(rows, len(factors), axis=1)
+    # Scales are found one after the other. None should be larger than what lays a row's largest
+    # weight on the codebook's larger end, by the least stretch.
+    end = np.float32(_STRETCHES[0] * max(abs(levels[0]), abs(levels[-1])))
+    units = units_of(np.abs(rows).max(1) / end) if double else None
     rounded = [
-        _round_block(block, group_size, levels, factor, again)
+        _round_block(block, group_size, levels, units, factor, again)
         for block, factor in zip(blocks, factors, strict=True)
     ]
-    return np.hstack([codes for codes, _ in rounded]), np.hstack([scales for _, scales in rounded])
+    codes, scales = (np.hstack(parts) for parts in zip(*rounded, strict=True))
+    return codes, stored_scales(scales, units)
 
 
 def _round_block(
-    rows: NDArray[np.float32], group_size: int, levels: Levels, factor: Factor, again: bool
-) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    rows: NDArray[np.float32],
+    group_size: int,
+    levels: Levels,
+    units: NDArray[np.float32] | None,
+    factor: Factor,
+    again: bool,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Codes and scales, which `stored_scales` leaves as they are."""
     n_rows, n_in = rows.shape
     order, lower = factor
     ordered = rows[:, order]
     codes = np.empty((n_rows, n_in), np.uint8)
-    scales = np.empty((n_rows, n_in // group_size), np.float16)
+    scales = np.empty((n_rows, n_in // group_size), np.float32)
     errors = np.zeros((n_rows, n_in), np.float32)
     blocks = [slice(i, i + group_size) for i in reversed(range(0, n_in, group_size))]
     for block in blocks:
         # Errors of the groups after this one, as these columns of L see them.
         carried = errors[:, block.stop :] @ lower[block.stop :, block]
         own = np.ascontiguousarray(lower[block, block])
-        chosen, stored, lost = _round_group(ordered[:, block], carried, own, levels)
+        chosen, stored, lost = _round_group(ordered[:, block], carried, own, levels, units)
         codes[:, order[block]], scales[:, order[block.start] // group_size] = chosen, stored
         errors[:, block] = lost
     if not again:
@@ -117,7 +130,8 @@ def _round_block(
         off = np.linalg.solve(gram, seen_by @ left[:, : block.stop].T).T
         values = ordered[:, block] - errors[:, block]
         own = np.linalg.cholesky(gram)
-        chosen, stored, lost = _round_group(values + off, np.zeros_like(off), own, levels)
+        nothing = np.zeros_like(off)
+        chosen, stored, lost = _round_group(values + off, nothing, own, levels, units)
         better = ((lost @ own) ** 2).sum(1) < ((off @ own) ** 2).sum(1)
         change = np.where(better[:, None], off - lost, np.float32(0))
         errors[:, block] -= change
@@ -132,7 +146,8 @@ def _round_group(
     carried: NDArray[np.float32],
     own: NDArray[np.float32],
     levels: Levels,
-) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float32]]:
+    units: NDArray[np.float32] | None,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """Codes, scales (n,) and errors of a group's weights (n, group_size), with what is carried to
     its columns of L, (n, group_size), and its own part of L, (group_size, group_size)."""
     grid, middles = grid_of(levels)
@@ -142,9 +157,9 @@ def _round_group(
     weights = np.ascontiguousarray(weights)
     best = np.empty(len(weights), np.float32)
     _search(weights, carried, own, grid[0], steps, spans, best)
-    scales = rounded_scales(best)[0]
+    scales = scale_values(stored_scales(best[:, None], units))[:, 0]
     codes, errors = np.empty(weights.shape, np.uint8), np.empty_like(weights)
-    _round(weights, carried, own, scales.astype(np.float32), grid, middles, codes, errors)
+    _round(weights, carried, own, scales, grid, middles, codes, errors)
     return codes, scales, errors
 
 

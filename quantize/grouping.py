@@ -1,15 +1,21 @@
 """Rounding: float rows to codes and scales, one scale for each group of inputs of a row.
 
-A weight is `level[code] * scale`. Scales are float16, rounded before the codes are chosen, so that
-the codes are the nearest ones for the scale that is stored.
+A weight is `level[code] * scale`. Scales are float16, or `double` quantized: whole multiples of a
+unit of their row. They are rounded before the codes are chosen, so that the codes are the nearest
+ones for the scale that is stored.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantize.compilation import FOLDER, cached
+from quantize.packing import DoubleScales, Scales, from_bfloat16, scale_values, to_bfloat16
 
 LARGEST_SCALE = float(np.finfo(np.float16).max)
+
+_MOST_UNITS = 127  # of a scale
+
+_SMALLEST_UNIT = 2.0**-31  # 127 of them are float16's smallest number.
 
 
 @cached(FOLDER, fastmath={"nnan", "nsz"})
@@ -51,38 +57,54 @@ def _grouped(
     return groups, largest
 
 
-def rounded_scales(scales: NDArray[np.float32]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
-    """Scales as float16 and the factors 1 / scale, 0 for a group whose scale rounds to 0."""
-    half = np.clip(scales, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16)
-    stored = half.astype(np.float32)
-    inverse = np.divide(1, stored, out=np.zeros_like(stored), where=stored != 0)
-    return half, inverse
+def units_of(largest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Units, float32 (n_rows,), for rows whose scales are of up to these magnitudes.
+
+    They are bfloat16, rounded up, and keep scales within float16's range.
+    """
+    most = LARGEST_SCALE / (_MOST_UNITS + 1)
+    units = np.clip(largest * np.float32((1 + 2**-8) / _MOST_UNITS), _SMALLEST_UNIT, most)
+    return from_bfloat16(to_bfloat16(units.astype(np.float32)))
+
+
+def stored_scales(scales: NDArray[np.float32], units: NDArray[np.float32] | None) -> Scales:
+    """Scales (n_rows, n_groups) rounded to float16, or to multiples of the rows' units."""
+    if units is None:
+        return np.clip(scales, -LARGEST_SCALE, LARGEST_SCALE).astype(np.float16)
+    steps = np.clip(np.rint(scales / units[:, None]), -_MOST_UNITS, _MOST_UNITS)
+    return DoubleScales(steps.astype(np.int8), units)
+
+
+def _inverse(scales: Scales) -> NDArray[np.float32]:
+    """1 / scale, 0 for a group whose scale was rounded to 0; (n_rows * n_groups,)."""
+    stored = scale_values(scales).ravel()
+    return np.divide(1, stored, out=np.zeros_like(stored), where=stored != 0)
 
 
 def round_int4(
-    rows: NDArray[np.float32], group_size: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    rows: NDArray[np.float32], group_size: int, *, double: bool = False
+) -> tuple[NDArray[np.uint8], Scales]:
     """Rounds to the 16 equal steps -8 to 7 by the rule of GGML's Q4_0.
 
-    The weight of the largest magnitude in a group becomes -8 exactly, so the scale carries its
-    sign. rows: (n_rows, n_in) -> codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
+    The weight of the largest magnitude in a group becomes -8, so the scale carries its sign.
+    rows: (n_rows, n_in) -> codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
     groups, largest = _grouped(rows, group_size)
-    scales, inverse = rounded_scales(largest / np.float32(-8))
+    wanted = (largest / np.float32(-8)).reshape(len(rows), -1)
+    scales = stored_scales(wanted, units_of(np.abs(wanted).max(1)) if double else None)
     codes = np.empty(rows.shape, np.uint8)
-    _round(groups, inverse, np.float32(-8), np.float32(7), 8, codes.reshape(groups.shape))
-    return codes, scales.reshape(len(rows), -1)
+    _round(groups, _inverse(scales), np.float32(-8), np.float32(7), 8, codes.reshape(groups.shape))
+    return codes, scales
 
 
-def round_int8(
-    rows: NDArray[np.float32], group_size: int
-) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+def round_int8(rows: NDArray[np.float32], group_size: int) -> tuple[NDArray[np.int8], Scales]:
     """Rounds to -127 to 127 steps of a group's largest magnitude / 127.
 
     rows: (n_rows, n_in) -> codes (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
     groups, largest = _grouped(rows, group_size)
-    scales, inverse = rounded_scales(np.abs(largest / np.float32(127)))
-    codes = np.empty(rows.shape, np.int8)
-    _round(groups, inverse, np.float32(-127), np.float32(127), 0, codes.reshape(groups.shape))
-    return codes, scales.reshape(len(rows), -1)
+    wanted = np.abs(largest / np.float32(127)).reshape(len(rows), -1)
+    scales, codes = stored_scales(wanted, None), np.empty(rows.shape, np.int8)
+    ends = np.float32(-127), np.float32(127)
+    _round(groups, _inverse(scales), *ends, 0, codes.reshape(groups.shape))
+    return codes, scales

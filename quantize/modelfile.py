@@ -10,6 +10,7 @@ Tensors
     a norm           F32 (n,) as it is applied (the 1 + already added), then zeros
     a matrix         tiles as packing.py lays them out:
                      int4, int8, int8_planes: U8 (n_tiles, n_groups, block bytes)
+                     int4_dq: U8 (n_tiles, tile bytes)
                      bf16: BF16 (n_tiles, n_in, 16)     f32: F32 (n_tiles, n_in, 16)
 
 `__metadata__` holds strings, as the specification demands; those marked JSON are JSON texts:
@@ -22,7 +23,7 @@ Tensors
     source           the name of the checkpoint, for people to read
     tokenizer_bytes  the length of the SentencePiece model
     matrices         JSON, {name: {"format", "n_out", "n_in", "group_size", "codebook"}}; the
-                     codebook is the 16 int8 levels of an int4 matrix, else null; group_size is 0
+                     codebook is the 16 int8 levels of 4 bits, else null; group_size is 0
                      for bf16 and f32
     sha256           JSON, {tensor name: hexadecimal SHA-256 of its bytes}
     header_sha256    the SHA-256 of the header, spaces included, with 64 zeros in this place; a
@@ -88,8 +89,10 @@ class MatrixSpec:
         return {"bf16": "BF16", "f32": "F32"}.get(self.format, "U8")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         tiles = packing.n_tiles(self.n_out)
+        if self.format == "int4_dq":
+            return tiles, packing.tile_bytes(self.format, self.n_in, self.group_size)
         if self.dtype == "U8":
             block = packing.block_bytes(self.format, self.group_size)
             return tiles, self.n_in // self.group_size, block
@@ -236,7 +239,7 @@ def data_bytes(
 class Writer:
     """Writes a model file, tensor by tensor, in the order of the layout.
 
-    An int4 matrix's codebook may be given by `set_codebook` up to the end, and so may what was lost
+    A codebook may be given by `set_codebook` up to the end, and so may what was lost
     by `set_verification`, if the file is `to_be_verified`: the header keeps room.
     """
 
@@ -291,7 +294,7 @@ class Writer:
         self._file.write(header.replace(_header_sha256(_NO_SHA256), _header_sha256(digest)))
 
     def set_codebook(self, name: str, levels: tuple[int, ...]) -> None:
-        """The 16 levels that an int4 matrix turned out to have."""
+        """The 16 levels that a matrix of 4 bits turned out to have."""
         self._matrices[name] = replace(self._matrices[name], codebook=levels)
 
     def set_verification(self, verification: Verification) -> None:
@@ -620,9 +623,9 @@ def _read_spec(name: str, stated: object, shape: tuple[int, int]) -> MatrixSpec:
     allowed = [size for size in GROUP_SIZES if n_in % size == 0] if grouped else [0]
     if group_size not in allowed:
         raise ValueError(f"matrix {name} has groups of {group_size}")
-    if fmt != "int4" and codebook is not None:
+    if fmt not in packing.INT4_FORMATS and codebook is not None:
         raise ValueError(f"matrix {name} has a codebook in the format {fmt}")
-    if fmt == "int4" and not _is_codebook(codebook):
+    if fmt in packing.INT4_FORMATS and not _is_codebook(codebook):
         raise ValueError(f"matrix {name} has no codebook of 16 levels of 8 bits")
     return MatrixSpec(fmt, n_out, n_in, group_size, tuple(codebook) if codebook else None)
 

@@ -11,6 +11,10 @@ int4 and int8: a tile is a run of blocks, one for each group of `group_size` inp
                and input 16 + 4 b + j in its high nibble
         int8   8 x 64 bytes: byte (4 r + j) of run b holds row r, input 4 b + j, as code + 128
 
+int4_dq: int4 with scales that are quantized, too (double quantization, Dettmers et al. 2023,
+arXiv:2305.14314): multiples of a unit of their row. A tile begins with its rows' units, 16
+bfloat16, and a block with 16 int8 in place of the float16.
+
 int8_planes: int8 in four planes, of which a reader may want only the first ones: the two highest
 bits of code + 128, the next, the next, and the low nibble (PLANE_BITS). A slab of SLAB_TILES tiles
 (the last one of what is left) has the first plane of all its tiles, in groups with their scales,
@@ -25,6 +29,7 @@ Everything here is (n_tiles, ...) uint8 and little-endian.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,29 +55,53 @@ _LOOKED_AT = 16
 
 LARGEST_BFLOAT16 = np.float32(2**128 - 2**120)
 
-FORMATS = ("int4", "int8", "int8_planes", "bf16", "f32")
-CODE_FORMATS = ("int4", "int8", "int8_planes")
-_CODE_BYTES = {"int4": 256, "int8": 512, "int8_planes": 512}  # for 32 inputs of 16 rows
+INT4_FORMATS = ("int4", "int4_dq")
+CODE_FORMATS = (*INT4_FORMATS, "int8", "int8_planes")
+FORMATS = (*CODE_FORMATS, "bf16", "f32")
+_CODE_BYTES = {"int4": 256, "int4_dq": 256, "int8": 512, "int8_planes": 512}
+"""For 32 inputs of 16 rows."""
+
 _FLOAT_BYTES = {"bf16": 2, "f32": 4}
-_SCALE_BYTES = 2 * TILE_ROWS
+UNIT_BYTES = 2 * TILE_ROWS
+"""Of the units that open a tile of int4_dq."""
+
+
+_Number = TypeVar("_Number", bound=np.generic)
+
+
+class DoubleScales(NamedTuple):
+    """Scales of int4_dq: a group's is `codes * units`."""
+
+    codes: NDArray[np.int8]  # (n_rows, n_groups)
+    units: NDArray[np.float32]  # (n_rows,), of values that bfloat16 has
+
+
+Scales = NDArray[np.float16] | DoubleScales
+"""One scale for each group of a row, (n_rows, n_groups)."""
 
 
 def n_tiles(n_out: int) -> int:
     return -(-n_out // TILE_ROWS)
 
 
+def scale_bytes(fmt: str) -> int:
+    """Bytes of the scales that open a block."""
+    return TILE_ROWS if fmt == "int4_dq" else 2 * TILE_ROWS
+
+
 def block_bytes(fmt: str, group_size: int) -> int:
     """Bytes of one group's block of a tile of codes; in planes, of both together."""
-    return _SCALE_BYTES + group_size // RUN_INPUTS * _CODE_BYTES[fmt]
+    return scale_bytes(fmt) + group_size // RUN_INPUTS * _CODE_BYTES[fmt]
 
 
 def tile_bytes(fmt: str, n_in: int, group_size: int) -> int:
     if fmt in _FLOAT_BYTES:
         return TILE_ROWS * n_in * _FLOAT_BYTES[fmt]
-    return n_in // group_size * block_bytes(fmt, group_size)
+    units = UNIT_BYTES if fmt == "int4_dq" else 0
+    return units + n_in // group_size * block_bytes(fmt, group_size)
 
 
-def _whole_tiles(rows: NDArray[np.generic]) -> NDArray[np.generic]:
+def _whole_tiles(rows: NDArray[_Number]) -> NDArray[_Number]:
     missing = -len(rows) % TILE_ROWS
     if not missing:
         return rows
@@ -114,30 +143,31 @@ def _slabs(n: int) -> list[slice]:
 
 
 def pack_codes(
-    fmt: str,
-    codes: NDArray[np.uint8] | NDArray[np.int8],
-    scales: NDArray[np.float16],
+    fmt: str, codes: NDArray[np.uint8] | NDArray[np.int8], scales: Scales
 ) -> NDArray[np.uint8]:
     """Codes and scales of whole rows -> tiles (n_tiles, tile_bytes).
 
-    codes: (n_rows, n_in), uint8 0 to 15 for int4, else int8; scales: (n_rows, n_groups). For
-    int8_planes, whole slabs of rows, or what is left.
+    codes: (n_rows, n_in), uint8 0 to 15 for int4 and int4_dq, else int8; scales: DoubleScales for
+    int4_dq, else float16 (n_rows, n_groups). For int8_planes, whole slabs of rows, or what is left.
     """
-    n_groups = scales.shape[1]
     whole = _whole_tiles(codes)
-    whole_scales = _whole_tiles(scales).reshape(-1, TILE_ROWS, n_groups).transpose(0, 2, 1)
-    tiles = len(whole_scales)
-    if fmt == "int4":
+    if fmt in INT4_FORMATS:
         body = _pack(_runs(whole.view(np.uint8)), 4)
     else:
         body = _runs(np.bitwise_xor(whole.view(np.uint8), np.uint8(128)))
     if fmt == "int8_planes":
         body, *others = _split(body)
-    size = _SCALE_BYTES + body[0].size // n_groups
-    blocks = np.empty((tiles, n_groups, size), np.uint8)
-    blocks[..., :_SCALE_BYTES] = np.ascontiguousarray(whole_scales).view(np.uint8)
-    blocks[..., _SCALE_BYTES:] = body.reshape(tiles, n_groups, -1)
+    group_scales = scales.codes if isinstance(scales, DoubleScales) else scales
+    n_groups, first = group_scales.shape[1], scale_bytes(fmt)
+    whole_scales = _whole_tiles(group_scales).reshape(-1, TILE_ROWS, n_groups).transpose(0, 2, 1)
+    tiles = len(whole_scales)
+    blocks = np.empty((tiles, n_groups, first + body[0].size // n_groups), np.uint8)
+    blocks[..., :first] = np.ascontiguousarray(whole_scales).view(np.uint8)
+    blocks[..., first:] = body.reshape(tiles, n_groups, -1)
     packed = blocks.reshape(tiles, -1)
+    if isinstance(scales, DoubleScales):
+        units = to_bfloat16(_whole_tiles(scales.units)).view(np.uint8)
+        return np.hstack([units.reshape(tiles, -1), packed])
     if fmt != "int8_planes":
         return packed
     planes = [packed, *(plane.reshape(tiles, -1) for plane in others)]
@@ -147,24 +177,43 @@ def pack_codes(
 
 def unpack_codes(
     fmt: str, tiles: NDArray[np.uint8], n_in: int, group_size: int
-) -> tuple[NDArray[np.uint8] | NDArray[np.int8], NDArray[np.float16]]:
+) -> tuple[NDArray[np.uint8] | NDArray[np.int8], Scales]:
     """The reverse of pack_codes, with the filled-up rows: (16 n_tiles, n_in) and their scales."""
-    n_groups = n_in // group_size
+    n_groups, first = n_in // group_size, scale_bytes(fmt)
     if fmt == "int8_planes":
         slabs = [_planes(tiles[slab], n_in) for slab in _slabs(len(tiles))]
         tiles, *others = (np.concatenate(plane) for plane in zip(*slabs, strict=True))
+    elif fmt == "int4_dq":
+        units = np.ascontiguousarray(tiles[:, :UNIT_BYTES]).view(np.uint16).ravel()
+        tiles = tiles[:, UNIT_BYTES:]
     blocks = tiles.reshape(len(tiles), n_groups, -1)
-    scales = np.ascontiguousarray(blocks[..., :_SCALE_BYTES]).view(np.float16)
-    scales = scales.transpose(0, 2, 1).reshape(-1, n_groups)
-    body = blocks[..., _SCALE_BYTES:]
-    if fmt == "int4":
+    stored = np.ascontiguousarray(blocks[..., :first])
+    scales: Scales
+    if fmt == "int4_dq":
+        scales = DoubleScales(_by_row(stored.view(np.int8)), from_bfloat16(units))
+    else:
+        scales = _by_row(stored.view(np.float16))
+    body = blocks[..., first:]
+    if fmt in INT4_FORMATS:
         runs = _unpack(body, 4)
     elif fmt == "int8":
         runs = body
     else:
         runs = _join([body, *others])
     codes = _rows(runs.reshape(len(tiles), n_in // RUN_INPUTS, 8, 64))
-    return codes if fmt == "int4" else (codes ^ np.uint8(128)).view(np.int8), scales
+    return codes if fmt in INT4_FORMATS else (codes ^ np.uint8(128)).view(np.int8), scales
+
+
+def _by_row(scales: NDArray[_Number]) -> NDArray[_Number]:
+    """(n_tiles, n_groups, 16) -> (16 n_tiles, n_groups)."""
+    return scales.transpose(0, 2, 1).reshape(-1, scales.shape[1])
+
+
+def scale_values(scales: Scales) -> NDArray[np.float32]:
+    """What scales are worth, (n_rows, n_groups); exact."""
+    if isinstance(scales, DoubleScales):
+        return scales.codes * scales.units[:, None]
+    return scales.astype(np.float32)
 
 
 def _split(runs: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:

@@ -37,7 +37,7 @@ _COMPENSATED_ROWS = 512
 
 _SAMPLE_WEIGHTS = 1 << 20  # of a matrix, for its codebook
 
-Rounding = Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[np.float16]]]
+Rounding = Callable[[NDArray[np.float32]], tuple[NDArray[Any], packing.Scales]]
 """Rows (n_rows, n_in) to codes and scales."""
 
 _N_THREADS = os.cpu_count() or 1
@@ -74,13 +74,21 @@ class PlannedTensor:
     exact: bool
 
 
-def _exact_format(tensor: SourceTensor, fmt: str, group_size: int) -> bool:
-    """Whether the source's blocks go over code for code."""
+def _is_kept(tensor: SourceTensor, fmt: str, group_size: int) -> bool:
+    """Whether the source's blocks go over code for code and scale for scale."""
     if group_size != packing.RUN_INPUTS:
         return False
-    kept = {"int4": ("Q4_0", "IQ4_NL"), "int8": ("Q4_0", "Q5_0", "Q8_0", "I8")}
-    formats = kept.get(fmt.removesuffix("_planes"), ())
-    return tensor.dtype in formats and tensor.grid(0, 1) is not None
+    kept = {"int4_dq": ("Q4_0", "IQ4_NL")}.get(fmt, ("Q4_0", "Q5_0", "Q8_0", "I8"))
+    return tensor.dtype in kept and tensor.grid(0, 1) is not None
+
+
+def _begins_on_grid(tensor: SourceTensor, group_size: int) -> bool:
+    """Whether the first row lies on a grid of 4 bits with float16 scales."""
+    if group_size != packing.RUN_INPUTS or tensor.dtype not in ("BF16", "F16", "F32"):
+        return False
+    with np.errstate(all="ignore"):  # as in _rows, which reports it
+        row = tensor.rows(0, 1)
+    return bool(np.isfinite(row).all()) and find_grid(row, tensor.dtype) is not None
 
 
 def plan(
@@ -100,9 +108,11 @@ def plan(
                 f"{source.path} has {n_in} inputs in {name}, which groups of {size} do not "
                 f"divide; choose another --group-size (one of {', '.join(map(str, GROUP_SIZES))})."
             )
-        exact = _exact_format(tensor, fmt, size)
+        exact = grouped and _is_kept(tensor, fmt, size)
         levels = IQ4_NL_LEVELS if exact and tensor.dtype == "IQ4_NL" else LINEAR_LEVELS
-        codebook = levels if fmt == "int4" else None
+        codebook = levels if fmt == "int4_dq" else None
+        if fmt == "int4_dq" and (exact or _begins_on_grid(tensor, size)):
+            fmt = "int4"  # whose scales are the source's
         spec = MatrixSpec(fmt, n_out, n_in, size if grouped else 0, codebook)
         planned.append(PlannedTensor(name, spec, exact))
     return planned
@@ -284,20 +294,18 @@ def quantize(
         n_out = p.spec.n_out
         whole = packing.TILE_ROWS * (packing.SLAB_TILES if p.spec.format == "int8_planes" else 1)
         step = max(1, _PIECE_WEIGHTS // p.spec.n_in // whole) * whole
-        if calibration and p.spec.format == "int4":
+        if calibration and p.spec.format in packing.INT4_FORMATS:
             step = max(step, _COMPENSATED_ROWS)
         return [(start, min(start + step, n_out)) for start in range(0, n_out, step)]
 
     def lies_on_grid(p: PlannedTensor) -> bool:
         tensor = source.tensors[p.name]
-        if p.spec.group_size != packing.RUN_INPUTS or tensor.dtype not in ("BF16", "F16", "F32"):
-            return False
 
         def fits(rows_at: tuple[int, int]) -> bool:
             rows = _rows(tensor, p.name, source.path, *rows_at)
             return find_grid(rows, tensor.dtype) is not None
 
-        return fits((0, 1)) and all(pool.map(fits, pieces(p)))
+        return p.spec.format == "int4" and all(pool.map(fits, pieces(p)))
 
     def codebook(p: PlannedTensor, importance: NDArray[np.float32]) -> search.Levels:
         sample = _sample(source.tensors[p.name], p, source.path)
@@ -307,12 +315,13 @@ def quantize(
         spec, tensor = p.spec, source.tensors[p.name]
         if p.exact or spec.format not in packing.CODE_FORMATS:
             return None
-        if spec.format != "int4":
+        if spec.format not in packing.INT4_FORMATS:
             return partial(grouping.round_int8, group_size=spec.group_size)
         if lies_on_grid(p):
             return partial(_round_grid, dtype=tensor.dtype)
+        double = spec.format == "int4_dq"
         if method == "rtn":
-            return partial(grouping.round_int4, group_size=spec.group_size)
+            return partial(grouping.round_int4, group_size=spec.group_size, double=double)
         statistics = calibration(p.name) if calibration else None
         importance = statistics.mean_squares if statistics else np.ones(spec.n_in, np.float32)
         levels = fitted[p.name].result() if p.name in fitted else codebook(p, importance)
@@ -323,12 +332,14 @@ def quantize(
                 group_size=spec.group_size,
                 levels=levels,
                 importance=importance,
+                double=double,
             )
         return partial(
             compensation.round_compensated,
             group_size=spec.group_size,
             levels=levels,
             factors=[compensation.factorize(gram, spec.group_size) for gram in statistics.gram],
+            double=double,
         )
 
     def parts(p: PlannedTensor, tensors_done: int) -> Iterator[NDArray[np.uint8]]:
@@ -351,7 +362,7 @@ def quantize(
             modelfile.create(output, description, to_be_verified=verify is not None) as writer,
         ):
             # Without a calibration, codebooks do not wait for their turn.
-            fits = [p for p in planned if p.spec.format == "int4" and not p.exact]
+            fits = [p for p in planned if p.spec.format in packing.INT4_FORMATS and not p.exact]
             early = method == "search" and not calibration
             fitted = {
                 p.name: pool.submit(codebook, p, np.ones(p.spec.n_in, np.float32))

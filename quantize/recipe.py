@@ -69,11 +69,11 @@ def rules_of(recipe: str, bits: int, group_size: int) -> list[Rule]:
 
 def choose(rules: Sequence[Rule], name: str) -> Rule:
     """The rule for a matrix. An embedding of 8 bits lies in planes, since the first is mostly
-    enough to find the likeliest token."""
+    enough to find the likeliest token. Beside weights of 4 bits, scales have 8."""
     rule = next(rule for rule in rules if fnmatchcase(name, rule.pattern))
     if name == "embed" and rule.format == "int8":
         return rule._replace(format="int8_planes")
-    return rule
+    return rule._replace(format="int4_dq") if rule.format == "int4" else rule
 
 
 def _read_rules(path: Path, group_size: int) -> list[Rule]:

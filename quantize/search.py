@@ -1,4 +1,4 @@
-"""Rounding to 4 bits with as little weighted error as a codebook and a float16 scale allow.
+"""Rounding to 4 bits with as little weighted error as a codebook and a scale allow.
 
 A weight w of a group becomes level[code] * scale. The error that counts is
 
@@ -13,8 +13,8 @@ from numba import literal_unroll
 from numpy.typing import NDArray
 
 from quantize.compilation import FOLDER, cached
-from quantize.grouping import rounded_scales
-from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS
+from quantize.grouping import stored_scales, units_of
+from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS, Scales, scale_values
 
 N_LEVELS = 16
 _LARGEST_LEVEL = 127
@@ -93,8 +93,8 @@ def search_scales(
     levels: Levels,
     importance: NDArray[np.float32],
     stretches: NDArray[np.float32] = _STRETCHES,
-) -> NDArray[np.float16]:
-    """The scales (n_rows, n_in / group_size) that lose least; they may be negative.
+) -> NDArray[np.float32]:
+    """The scales (n_rows, n_in / group_size) that lose least, not rounded; they may be negative.
 
     rows: (n_rows, n_in); importance: (n_in,), not negative.
     """
@@ -108,19 +108,7 @@ def search_scales(
     grid, middles = grid_of(levels)
     steps = tuple(zip(middles, np.diff(grid), strict=True))
     _search(groups, relative, (grid[0], grid[-1]), steps, stretches, scales)
-    return rounded_scales(scales)[0].reshape(len(rows), -1)
-
-
-def nearest_codes(
-    values: NDArray[np.float32], scales: NDArray[np.float16], levels: Levels
-) -> NDArray[np.uint8]:
-    """Codes (n, m) of the levels that, times a row's scale, are nearest to values.
-
-    values: (n, m); scales: (n,).
-    """
-    codes = np.empty(values.shape, np.uint8)
-    _nearest(values, scales.astype(np.float32), grid_of(levels)[1], codes)
-    return codes
+    return scales.reshape(len(rows), -1)
 
 
 def round_searched(
@@ -129,21 +117,27 @@ def round_searched(
     levels: Levels,
     importance: NDArray[np.float32],
     stretches: NDArray[np.float32] = _STRETCHES,
-) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    *,
+    double: bool = False,
+) -> tuple[NDArray[np.uint8], Scales]:
     """Rounds to the levels of a codebook with searched scales.
 
     rows: (n_rows, n_in) -> codes 0 to 15 (n_rows, n_in), scales (n_rows, n_in / group_size).
     """
-    scales = search_scales(rows, group_size, levels, importance, stretches)
+    searched = search_scales(rows, group_size, levels, importance, stretches)
+    scales = stored_scales(searched, units_of(np.abs(searched).max(1)) if double else None)
     groups = np.ascontiguousarray(rows).reshape(-1, group_size)
-    return nearest_codes(groups, scales.ravel(), levels).reshape(rows.shape), scales
+    codes = np.empty(groups.shape, np.uint8)
+    _nearest(groups, scale_values(scales).ravel(), grid_of(levels)[1], codes)
+    return codes.reshape(rows.shape), scales
 
 
 def _weighted_error(
     groups: NDArray[np.float32], levels: Levels, importance: NDArray[np.float32]
 ) -> float:
     codes, scales = round_searched(groups.reshape(1, -1), groups.shape[1], levels, importance)
-    rounded = np.array(levels, np.float32)[codes.reshape(groups.shape)] * scales.reshape(-1, 1)
+    scale = scale_values(scales).reshape(-1, 1)
+    rounded = np.array(levels, np.float32)[codes.reshape(groups.shape)] * scale
     return float(((groups - rounded) ** 2 * importance.reshape(groups.shape)).sum())
 
 
@@ -164,7 +158,7 @@ def fit_codebook(
         codes, scales = round_searched(
             groups.reshape(1, -1), group_size, levels, weighed, _FEW_STRETCHES
         )
-        scale = scales.astype(np.float64).reshape(-1, 1)
+        scale = scale_values(scales).astype(np.float64).reshape(-1, 1)
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
         mass = (weighed.reshape(groups.shape) * scale**2).ravel()
         total = np.bincount(codes.ravel(), mass, N_LEVELS)

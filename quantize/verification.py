@@ -67,7 +67,7 @@ def dequantize(m: MatrixSpec, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     codes, scales = packing.unpack_codes(m.format, tiles, m.n_in, m.group_size)
     levels = np.array(m.codebook, np.float32)[codes] if m.codebook else codes.astype(np.float32)
     groups = levels.reshape(len(levels), -1, m.group_size)
-    groups *= scales.astype(np.float32)[..., None]
+    groups *= packing.scale_values(scales)[..., None]
     return levels
 
 

@@ -288,22 +288,21 @@ def parse_instructions(log: str) -> str:
 
 
 def pairs_2b(folder: Path, peer: Path) -> list[Pair]:
+    """A checkpoint, as either engine makes 4 bits of it."""
+    source = random_2b(folder)
     mixed = made(
         folder / "2b-q4_0-embed-q8_0.gguf",
-        lambda path: requantize(
-            peer, random_2b(folder), path, "Q4_0", "--token-embedding-type", "q8_0"
-        ),
+        lambda path: requantize(peer, source, path, "Q4_0", "--token-embedding-type", "q8_0"),
     )
-    pairs = [
-        Pair("2B", "int4, embedding int8 (Q4_0, Q8_0)", converted(mixed, "--bits", "4"), mixed)
+    pure = made(
+        folder / "2b-q4_0.gguf", lambda path: requantize(peer, source, path, "Q4_0", "--pure")
+    )
+    ours = converted(source, "--bits", "4", to=folder / "2b-int4-embed-int8.safetensors")
+    small = converted(source, "--recipe", "small", to=folder / "2b-int4.safetensors")
+    return [
+        Pair("2B", "int4, embedding int8 (Q4_0, Q8_0)", ours, mixed),
+        Pair("2B", "int4 (Q4_0)", small, pure),
     ]
-    if "--recipe" in run(*OURS, "quantize", "--help").stdout:
-        pure = made(
-            folder / "2b-q4_0.gguf",
-            lambda path: requantize(peer, random_2b(folder), path, "Q4_0", "--pure"),
-        )
-        pairs.append(Pair("2B", "int4 (Q4_0)", converted(pure, "--recipe", "small"), pure))
-    return pairs
 
 
 def pairs_270m(folder: Path, peer: Path) -> list[Pair]:

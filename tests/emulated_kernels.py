@@ -22,7 +22,14 @@ from gemma_cli.runtime import amx, attention, inputs, matmul, tables, workspace
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.kv_cache import BLOCK, CAPACITY, KEY_SCALES, KEYS, VALUE_SCALES, VALUES
 from gemma_cli.runtime.tables import Shape
-from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS
+from quantize.packing import (
+    INT4_FORMATS,
+    IQ4_NL_LEVELS,
+    LINEAR_LEVELS,
+    DoubleScales,
+    Scales,
+    scale_bytes,
+)
 
 Array = NDArray[Any]
 
@@ -81,6 +88,7 @@ _IN, _OUT = _offsets(PRODUCT), _offsets(PRODUCT_RESULT)
 _KINDS = (
     ("int4", tables.INT4, LINEAR_LEVELS),
     ("int4", tables.INT4_CODEBOOK, IQ4_NL_LEVELS),
+    ("int4_dq", tables.INT4_CODEBOOK, IQ4_NL_LEVELS),
     ("int8", tables.INT8, LINEAR_LEVELS),
     ("int8_planes", tables.PLANES, LINEAR_LEVELS),
     ("bf16", tables.BF16, LINEAR_LEVELS),
@@ -120,11 +128,16 @@ def products() -> tuple[Array, Callable[[Array, Array], None]]:
         if number in (tables.BF16, tables.F32):
             m = twins.floating(fmt, rng.standard_normal((N_OUT, N_IN)).astype(np.float32))
         else:
-            low, high, dtype = (0, 16, np.uint8) if fmt == "int4" else (-128, 128, np.int8)
-            scales = rng.standard_normal((N_OUT, N_IN // GROUP_SIZE)).astype(np.float16)
+            low, high, dtype = (0, 16, np.uint8) if fmt in INT4_FORMATS else (-128, 128, np.int8)
+            shape = N_OUT, N_IN // GROUP_SIZE
+            scales: Scales = rng.standard_normal(shape).astype(np.float16)
+            if fmt == "int4_dq":
+                units = 2.0 ** rng.integers(-12, -5, N_OUT)
+                codes = rng.integers(-127, 128, shape, np.int8)
+                scales = DoubleScales(codes, units.astype(np.float32))
             m = twins.coded(fmt, rng.integers(low, high, (N_OUT, N_IN), dtype), scales, codebook)
         matrices.append(m)
-        case["matrix"] = 0, number, len(m.tiles), N_IN, m.group_size, 0
+        case["matrix"] = 0, number, len(m.tiles), N_IN, m.group_size, 0, scale_bytes(fmt)
         case["n_tokens"] = TOKEN_COUNTS[i // len(_KINDS)]
         case["x"] = rng.standard_normal((ROWS, N_IN))
         case["codebook"] = np.array(codebook) + 128

@@ -1,29 +1,39 @@
 """Rounding against GGML's own rule, as the gguf package has it, and against exhaustive search."""
 
+from functools import partial
+
 import gguf
 import numpy as np
 import pytest
+import twins
 from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from quantize.grouping import round_int4, round_int8
-from quantize.packing import LINEAR_LEVELS
+from quantize.packing import LINEAR_LEVELS, DoubleScales, from_bfloat16, to_bfloat16
 
 Rows = NDArray[np.float32]
-LEVELS = {"int4": np.array(LINEAR_LEVELS), "int8": np.arange(-127, 128)}
+LINEAR = np.array(LINEAR_LEVELS)
+LEVELS = {"int4": LINEAR, "int4_dq": LINEAR, "int8": np.arange(-127, 128)}
+ROUND = {"int4": round_int4, "int4_dq": partial(round_int4, double=True), "int8": round_int8}
 
 
 def rounded(fmt: str, rows: Rows, group_size: int) -> tuple[NDArray[np.float64], Rows]:
     """Every weight's level and its group's stored scale, each (n_rows, n_groups, group_size)."""
-    codes, scales = (round_int4 if fmt == "int4" else round_int8)(rows, group_size)
-    assert codes.dtype == (np.uint8 if fmt == "int4" else np.int8)
-    assert scales.dtype == np.float16
-    assert np.isfinite(scales).all()
-    levels = codes.astype(np.float64) - (8 if fmt == "int4" else 0)
+    codes, scales = ROUND[fmt](rows, group_size)
+    assert codes.dtype == (np.int8 if fmt == "int8" else np.uint8)
+    if isinstance(scales, DoubleScales):
+        assert scales.codes.dtype == np.int8
+        np.testing.assert_array_equal(from_bfloat16(to_bfloat16(scales.units)), scales.units)
+    else:
+        assert scales.dtype == np.float16
+    values = twins.scale_values(scales)
+    assert np.isfinite(values.astype(np.float16)).all()
+    levels = codes.astype(np.float64) - (0 if fmt == "int8" else 8)
     grouped = (len(rows), -1, group_size)
-    return levels.reshape(grouped), np.repeat(scales, group_size, 1).reshape(grouped)
+    return levels.reshape(grouped), np.repeat(values, group_size, 1).reshape(grouped)
 
 
 def assert_nearest(fmt: str, rows: Rows, group_size: int) -> None:
@@ -38,7 +48,7 @@ def assert_nearest(fmt: str, rows: Rows, group_size: int) -> None:
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("fmt", ["int4", "int8"])
+@pytest.mark.parametrize("fmt", LEVELS)
 @pytest.mark.parametrize(
     "size",
     [
@@ -58,7 +68,7 @@ def test_codes_are_the_nearest_for_the_scale_that_is_stored(
 
 
 @given(
-    st.sampled_from(["int4", "int8"]),
+    st.sampled_from(list(LEVELS)),
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32),
 )
 def test_any_finite_weights_round(fmt: str, weights: list[float]) -> None:
@@ -110,9 +120,24 @@ def test_int8_scales_are_those_of_q8_0() -> None:
     assert np.abs(codes.reshape(-1, 32).astype(int) - theirs[:, 2:].view(np.int8)).max() <= 1
 
 
-@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_double_scales_are_those_of_int4_to_a_254th_of_the_largest() -> None:
+    rows = np.random.default_rng(5).standard_t(3, (50, 640)).astype(np.float32)
+    codes, scales = round_int4(rows, 32)
+    codes_dq, scales_dq = round_int4(rows, 32, double=True)
+    largest = np.abs(scales.astype(np.float64)).max(1, keepdims=True)
+    # Half a unit, which is rounded up to a bfloat16; and float16 has rounded, too.
+    assert isinstance(scales_dq, DoubleScales)
+    unit = largest / 127 * (1 + 2.0**-6)
+    off = np.abs(twins.scale_values(scales_dq) - scales.astype(np.float64))
+    assert (off <= unit / 2 + largest * 2.0**-11).all()
+    assert (np.abs(scales_dq.codes).max(1) >= 124).all()  # units are not too large
+    assert (codes == codes_dq).mean() > 0.95
+
+
+@pytest.mark.parametrize("fmt", LEVELS)
 def test_groups_of_zeros_stay_zero_and_leave_others_alone(fmt: str) -> None:
     rows = np.random.default_rng(4).standard_normal((2, 128)).astype(np.float32)
+    rows[:, 0] = 5  # a row's largest, which its scales have in common
     alone, _ = rounded(fmt, rows, 32)
     rows[:, 32:64] = 0
     levels, scales = rounded(fmt, rows, 32)

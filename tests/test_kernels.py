@@ -6,6 +6,7 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from gemma_cli.runtime.embedding import embed
 from gemma_cli.runtime.workspace import BLOCK, FEW, TOKENS, Inputs
 from quantize import packing
 from quantize.grouping import round_int4, round_int8
-from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS
+from quantize.packing import CODE_FORMATS, INT4_FORMATS, IQ4_NL_LEVELS, LINEAR_LEVELS
 
 Float32 = NDArray[np.float32]
 
@@ -60,8 +61,9 @@ def addresses(matrices: Sequence[twins.Matrix], codebooks: NDArray[np.uint8]) ->
             "bf16": tables.BF16,
             "f32": tables.F32,
         }.get(m.format, tables.INT4 if m.codebook == LINEAR_LEVELS else tables.INT4_CODEBOOK)
-        row = (m.tiles.ctypes.data, fmt, len(m.tiles), m.n_in, m.group_size, levels.ctypes.data)
-        rows.append(row)
+        places = m.tiles.ctypes.data, levels.ctypes.data
+        scales = packing.scale_bytes(m.format)
+        rows.append((places[0], fmt, len(m.tiles), m.n_in, m.group_size, places[1], scales))
     return np.array(rows, np.int64)
 
 
@@ -181,9 +183,15 @@ def random_matrix(
 ) -> twins.Matrix:
     if fmt in ("bf16", "f32"):
         return twins.floating(fmt, rng.standard_normal((n_out, n_in)).astype(np.float32))
-    low, high, dtype = (0, 16, np.uint8) if fmt == "int4" else (-128, 128, np.int8)
+    low, high, dtype = (0, 16, np.uint8) if fmt in INT4_FORMATS else (-128, 128, np.int8)
     codes = rng.integers(low, high, (n_out, n_in), dtype)
-    scales = rng.standard_normal((n_out, n_in // group_size)).astype(np.float16)
+    shape = n_out, n_in // group_size
+    if fmt == "int4_dq":
+        units = twins.bfloat16(rng.lognormal(-5, 1, n_out).astype(np.float32)).astype(np.float32)
+        units[-1] = 2.0**-31  # the smallest unit
+        double = packing.DoubleScales(rng.integers(-127, 128, shape, np.int8), units)
+        return twins.coded(fmt, codes, double, codebook)
+    scales = rng.standard_normal(shape).astype(np.float16)
     scales[rng.random(scales.shape) < 0.1] = 0
     scales[rng.random(scales.shape) < 0.1] = np.float16(2.0**-24)  # the smallest subnormal
     return twins.coded(fmt, codes, scales, codebook)
@@ -191,6 +199,8 @@ def random_matrix(
 
 KINDS = [
     *(("int4", group, LINEAR_LEVELS) for group in GROUP_SIZES),
+    *(("int4_dq", group, LINEAR_LEVELS) for group in GROUP_SIZES),
+    ("int4_dq", 32, IQ4_NL_LEVELS),
     *(("int4", group, IQ4_NL_LEVELS) for group in GROUP_SIZES),
     ("int4", 32, FULL_LEVELS),
     *(("int8", group, LINEAR_LEVELS) for group in GROUP_SIZES),
@@ -311,13 +321,16 @@ def test_integer_products_are_exact(
 ) -> None:
     """With scales of 1, and sums below 2^24, float32 is exact: so y is the integer product."""
     rng = np.random.default_rng(3)
-    n_in, lowest, highest = 256, *((0, 15) if fmt == "int4" else (-128, 127))
-    dtype = np.uint8 if fmt == "int4" else np.int8
+    n_in, lowest, highest = 256, *((0, 15) if fmt in INT4_FORMATS else (-128, 127))
+    dtype = np.uint8 if fmt in INT4_FORMATS else np.int8
     codes = rng.integers(lowest, highest + 1, (48, n_in), dtype)
     codes[0], codes[1] = lowest, highest
     codes[2, ::2], codes[2, 1::2] = lowest, highest
     codes[3, :16], codes[3, 16:] = highest, lowest
-    m = twins.coded(fmt, codes, np.ones((48, n_in // group_size), np.float16), codebook)
+    ones: packing.Scales = np.ones((48, n_in // group_size), np.float16)
+    if fmt == "int4_dq":
+        ones = packing.DoubleScales(ones.astype(np.int8), np.ones(48, np.float32))
+    m = twins.coded(fmt, codes, ones, codebook)
     # What saturates vpmaddubsw: neighbours with codes of the largest magnitude and one sign.
     x = rng.integers(-127, 128, (n_tokens, n_in)).astype(np.float32)
     x[0], x[1] = 127, -127
@@ -360,7 +373,7 @@ def test_extreme_inputs(fmt: str, group_size: int, codebook: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize("n_tokens", [1, TOKENS, FEW + 3])
-@pytest.mark.parametrize("fmt", ["int4", "int8", "int8_planes"])
+@pytest.mark.parametrize("fmt", CODE_FORMATS)
 def test_inputs_that_are_no_numbers_give_none(fmt: str, n_tokens: int) -> None:
     """So that an overflow further up is seen at the end (Model.forward), not a plausible text."""
     rng = np.random.default_rng(9)
@@ -412,7 +425,10 @@ def test_products_do_not_depend_on_threads_or_on_tokens_at_once() -> None:
 @pytest.mark.parametrize("n_tokens", [17, 31, 33, 100, 513])
 @pytest.mark.parametrize(
     ("fmt", "codebook"),
-    [("int4", IQ4_NL_LEVELS), *((f, LINEAR_LEVELS) for f in ("int8", "int8_planes", "bf16"))],
+    [
+        *((f, IQ4_NL_LEVELS) for f in INT4_FORMATS),
+        *((f, LINEAR_LEVELS) for f in ("int8", "int8_planes", "bf16")),
+    ],
 )
 def test_products_of_many_tokens(fmt: str, codebook: tuple[int, ...], n_tokens: int) -> None:
     """Any number of them, and several panels' inputs; the last of which may be small."""
@@ -423,7 +439,7 @@ def test_products_of_many_tokens(fmt: str, codebook: tuple[int, ...], n_tokens: 
         assert_close(multiply([m], x, 2), m, x)
 
 
-@pytest.mark.parametrize("fmt", ["int4", "int8", "int8_planes"])
+@pytest.mark.parametrize("fmt", CODE_FORMATS)
 def test_products_of_many_inputs_and_tiles(fmt: str) -> None:
     """More than a panel's inputs, and more tiles than go side by side, or lie in a slab."""
     rng = np.random.default_rng(23)
@@ -587,7 +603,11 @@ def test_rounded_weights_multiply_like_the_weights() -> None:
     rng = np.random.default_rng(11)
     rows = rng.standard_normal((32, 1024)).astype(np.float32)
     x = rng.standard_normal((3, 1024)).astype(np.float32)
-    for fmt, rounded, limit in (("int4", round_int4, 0.12), ("int8", round_int8, 0.012)):
+    for fmt, rounded, limit in (
+        ("int4", round_int4, 0.12),
+        ("int4_dq", partial(round_int4, double=True), 0.12),
+        ("int8", round_int8, 0.012),
+    ):
         m = twins.coded(fmt, *rounded(rows, 32))
         error = np.std(multiply([m], x) - x @ rows.T) / np.std(x @ rows.T)
         # A step of Q4_0 is the largest of 32 normal values, 2.1 sigma and more, / 8, and an error

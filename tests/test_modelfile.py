@@ -24,14 +24,15 @@ from quantize.tensors import matrix_shapes, norm_sizes
 Json = dict[str, Any]
 CONFIG = tiny("gemma3")
 TOKENIZER = sentencepiece_from_gguf(VOCABULARY)
-FORMATS = {"attn_q": "int8", "attn_k": "bf16", "ffn_up": "f32"}
+FORMATS = {"attn_q": "int8", "attn_k": "bf16", "ffn_up": "f32", "ffn_down": "int4_dq"}
 CODEBOOK = tuple(range(-120, 120, 15))
 
 
 def spec(name: str, shape: tuple[int, int]) -> MatrixSpec:
     fmt = FORMATS.get(name.rsplit(".", maxsplit=1)[-1], "int4")
-    group_size = 32 if fmt in {"int4", "int8"} else 0
-    return MatrixSpec(fmt, *shape, group_size, CODEBOOK if fmt == "int4" else None)
+    group_size = 32 if fmt in packing.CODE_FORMATS else 0
+    codebook = CODEBOOK if fmt in packing.INT4_FORMATS else None
+    return MatrixSpec(fmt, *shape, group_size, codebook)
 
 
 DESCRIPTION = Description(
@@ -108,6 +109,7 @@ def test_bits_per_weight_count_scales_and_rows_filled_up(original: Path) -> None
     assert file.bits_per_weight == 8 * n_bytes / weights
     assert {m.format: m.bits_per_weight for m in file.matrices.values()} == {
         "int4": 4.5,
+        "int4_dq": 4.25 + 16 / CONFIG.intermediate_size,
         "int8": 8.5,
         "bf16": 16.0,
         "f32": 32.0,

@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pytest
+import twins
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from quantize import packing
 SHAPES = [(1, 32), (15, 64), (16, 96), (17, 128), (40, 256)]
 GROUPED = [
     (fmt, shape, group_size)
-    for fmt in ("int4", "int8")
+    for fmt in ("int4", "int4_dq", "int8")
     for shape in SHAPES
     for group_size in (32, 64, 128)
     if shape[1] % group_size == 0
@@ -22,17 +23,21 @@ GROUPED = [
 
 def random_codes(
     fmt: str, shape: tuple[int, int], group_size: int
-) -> tuple[NDArray[np.generic], NDArray[np.float16]]:
+) -> tuple[NDArray[np.generic], packing.Scales]:
     rng = np.random.default_rng(0)
     codes: NDArray[np.generic] = rng.integers(0, 16, shape, np.uint8)
     if fmt == "int8":
         codes = rng.integers(-128, 128, shape, np.int8)
-    scales = rng.standard_normal((shape[0], shape[1] // group_size)).astype(np.float16)
-    return codes, scales
+    n_groups = shape[1] // group_size
+    if fmt == "int4_dq":
+        units = rng.integers(0x0080, 0x7C00, shape[0]).astype(np.uint16)  # up to 2^121
+        steps = rng.integers(-128, 128, (shape[0], n_groups), np.int8)
+        return codes, packing.DoubleScales(steps, packing.from_bfloat16(units))
+    return codes, rng.standard_normal((shape[0], n_groups)).astype(np.float16)
 
 
 def tile_byte_by_byte(
-    fmt: str, codes: NDArray[np.generic], scales: NDArray[np.float16], tile: int, group_size: int
+    fmt: str, codes: NDArray[np.generic], scales: packing.Scales, tile: int, group_size: int
 ) -> bytes:
     """One tile, every byte looked up on its own; rows beyond the matrix have codes of byte 0."""
 
@@ -41,16 +46,25 @@ def tile_byte_by_byte(
         offset = 128 if fmt == "int8" else 0
         return offset + (int(codes[row, i]) if row < len(codes) else 0)
 
-    out = bytearray()
-    for group in range(scales.shape[1]):
-        for row in range(16 * tile, 16 * tile + 16):
-            out += struct.pack("<e", scales[row, group] if row < len(codes) else 0)
+    def scale(row: int, group: int) -> bytes:
+        kind, of_groups = "<e", scales
+        if isinstance(scales, packing.DoubleScales):
+            kind, of_groups = "<b", scales.codes
+        return struct.pack(kind, of_groups[row, group] if row < len(codes) else 0)
+
+    out, rows = bytearray(), range(16 * tile, 16 * tile + 16)
+    if isinstance(scales, packing.DoubleScales):
+        for row in rows:  # a bfloat16 is the upper half of a float32
+            out += struct.pack("<f", scales.units[row] if row < len(codes) else 0)[2:]
+    for group in range(codes.shape[1] // group_size):
+        for row in rows:
+            out += scale(row, group)
         for first in range(group * group_size, (group + 1) * group_size, 32):
-            for b in range(4 if fmt == "int4" else 8):
+            for b in range(8 if fmt == "int8" else 4):
                 for r in range(16):
                     for j in range(4):
                         byte = code(r, first + 4 * b + j)
-                        if fmt == "int4":
+                        if fmt != "int8":
                             byte |= code(r, first + 16 + 4 * b + j) << 4
                         out.append(byte)
     return bytes(out)
@@ -87,8 +101,9 @@ def test_codes_come_back(fmt: str, shape: tuple[int, int], group_size: int) -> N
     assert unpacked.dtype == codes.dtype
     n_rows = shape[0]
     np.testing.assert_array_equal(unpacked[:n_rows], codes)
-    np.testing.assert_array_equal(unpacked_scales[:n_rows], scales)
-    assert not unpacked_scales[n_rows:].any()  # so rows filled up are zero whatever their codes
+    values, given = packing.scale_values(unpacked_scales), twins.scale_values(scales)
+    np.testing.assert_array_equal(values[:n_rows], given)
+    assert not values[n_rows:].any()  # so rows filled up are zero whatever their codes
 
 
 @pytest.mark.parametrize("shape", [(1, 32), (40, 256), (1024, 64), (1100, 64), (2200, 32)])

@@ -59,8 +59,8 @@ def partials(folder: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("recipe", "bits", "layers", "embed"),
     [
-        ("default", 4, "int4", "int8_planes"),
-        ("small", 4, "int4", "int4"),
+        ("default", 4, "int4_dq", "int8_planes"),
+        ("small", 4, "int4_dq", "int4_dq"),
         ("default", 8, "int8", "int8_planes"),
         ("default", 16, "bf16", "bf16"),
         ("default", 32, "f32", "f32"),
@@ -75,7 +75,7 @@ def test_recipes(
     for name, m in file.matrices.items():
         assert m.format == (embed if name == "embed" else layers)
         assert m.group_size == (32 if bits in {4, 8} else 0)
-        assert m.codebook == (LINEAR_LEVELS if m.format == "int4" else None)
+        assert m.codebook == (LINEAR_LEVELS if m.format == "int4_dq" else None)
     planned = plan(checkpoint, bits, recipe=recipe)
     assert {p.name: p.spec for p in planned} == file.matrices
     assert not any(p.exact for p in planned)
@@ -180,17 +180,20 @@ def test_larger_groups(tmp_path: Path, bits: int, group_size: int) -> None:
     assert file.recipe == f"default, {bits} bits, groups of {group_size}{how}"
     for name, m in file.matrices.items():
         assert m.group_size == group_size
-        assert (
-            m.bits_per_weight
-            == {"int4": 4, "int8": 8, "int8_planes": 8}[m.format] + 16 / group_size
-        )
+        four = m.format == "int4_dq"
+        bits_of_scales = 8 / group_size + 16 / m.n_in if four else 16 / group_size
+        assert m.bits_per_weight == (4 if four else 8) + bits_of_scales
         wide = checkpoint.tensors[name].rows(0, m.n_out)
         largest = np.abs(wide.reshape(m.n_out, -1, group_size)).max(-1)
-        # Half a step; at 4 bits a whole one, for what would be 8 becomes 7. float16's 11 bits
-        # of the scale add, over 127 steps, a sixteenth of a step.
-        step = largest / (8 if m.format == "int4" else 127)
+        # Half a step; at 4 bits a whole one, for what would be 8 becomes 7. Over 127 steps
+        # float16's 11 bits of the scale add a sixteenth of a step; over 8, half a unit of the row.
+        step = largest / (8 if four else 127)
         error = np.abs(dequantized(file, name) - wide).reshape(m.n_out, -1, group_size).max(-1)
-        assert (error <= step * ((1 if m.format == "int4" else 0.5) + 127 / 2**11)).all()
+        if four:
+            unit = largest.max(1, keepdims=True) / 8 / 127 * (1 + 2**-6)
+            assert (error <= step + 8 * unit / 2).all()
+        else:
+            assert (error <= step * (0.5 + 127 / 2**11)).all()
 
 
 def test_pieces_of_a_matrix_follow_each_other(
@@ -200,9 +203,9 @@ def test_pieces_of_a_matrix_follow_each_other(
     quantize(open_checkpoint(source), tmp_path / "a.safetensors", bits=4, method="rtn")
     file = ModelFile.open(tmp_path / "a.safetensors")
     for name in set(matrix_shapes(CONFIG)) - {"embed"}:
-        codes, scales = round_int4(WEIGHTS[name], 32)
+        codes, scales = round_int4(WEIGHTS[name], 32, double=True)
         np.testing.assert_array_equal(
-            file.tiles[name], packing.pack_codes("int4", codes, scales), err_msg=name
+            file.tiles[name], packing.pack_codes("int4_dq", codes, scales), err_msg=name
         )
 
 
@@ -291,9 +294,11 @@ def test_a_hidden_grid_is_kept(tmp_path: Path, method: str) -> None:
     quantize(source, tmp_path / "a", bits=4, method=method, calibration=calibration)
     file = ModelFile.open(tmp_path / "a")
     for name in (MATRIX, "layers.0.attn_q"):
+        assert file.matrices[name].format == "int4"
         held = source.tensors[name].rows(0, len(weights[name]))
         kept = packing.from_bfloat16(packing.to_bfloat16(dequantized(file, name)))
         np.testing.assert_array_equal(kept, held, err_msg=name)
+    assert file.matrices["layers.0.attn_k"].format == "int4_dq"
     other = source.tensors["layers.0.attn_k"].rows(0, file.matrices["layers.0.attn_k"].n_out)
     assert not np.array_equal(dequantized(file, "layers.0.attn_k"), other)
 

@@ -18,9 +18,9 @@ NAMES = ("embed", "layers.0.attn_v", "layers.12.ffn_down", "layers.3.attn_q")
 @pytest.mark.parametrize(
     ("recipe", "bits", "expected"),
     [
-        ("default", 4, ["int8_planes", "int4", "int4", "int4"]),
-        ("small", 4, ["int4", "int4", "int4", "int4"]),
-        ("quality", 4, ["int8_planes", "int8", "int8", "int4"]),
+        ("default", 4, ["int8_planes", "int4_dq", "int4_dq", "int4_dq"]),
+        ("small", 4, ["int4_dq"] * 4),
+        ("quality", 4, ["int8_planes", "int8", "int8", "int4_dq"]),
         ("small", 8, ["int8_planes", "int8", "int8", "int8"]),
         ("quality", 16, ["bf16"] * 4),
         ("default", 32, ["f32"] * 4),
@@ -40,7 +40,7 @@ def test_in_a_file_the_first_pattern_that_matches_decides(tmp_path: Path) -> Non
         '"embed" = "int8"\n'
     )
     rules = rules_of(str(path), 4, 64)
-    assert formats(rules, *NAMES) == ["int8_planes", "bf16", "int4", "int4"]
+    assert formats(rules, *NAMES) == ["int8_planes", "bf16", "int4_dq", "int4_dq"]
     assert choose(rules, "layers.1.attn_v") == ("layers.*.attn_v", "int8", 128)
     assert choose(rules, "layers.1.attn_q").group_size == 64
 
@@ -54,6 +54,7 @@ def test_in_a_file_the_first_pattern_that_matches_decides(tmp_path: Path) -> Non
         ('[formats]\n"*" = "int3"', r"'\*' no format"),
         ('[formats]\n"*" = 4', r"'\*' no format"),
         ('[formats]\n"*" = "int8_planes"', r"'\*' no format"),
+        ('[formats]\n"*" = "int4_dq"', r"'\*' no format"),
         ('[formats]\n"*" = { format = "int4" }', r"'\*' no format"),
         ('[formats]\n"*" = { format = "int4", group_size = 48 }', r"'\*' no format"),
         ('[formats]\n"*" = { format = "int4", group_size = 32, x = 1 }', r"'\*' no format"),

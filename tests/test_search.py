@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import twins
 from numpy.typing import NDArray
 
 from quantize import compensation
 from quantize.compensation import factorize, round_compensated
 from quantize.grouping import round_int4
-from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS
+from quantize.packing import IQ4_NL_LEVELS, LINEAR_LEVELS, Scales
 from quantize.search import Levels, fit_codebook, round_searched, search_scales
 
 Floats = NDArray[np.float64]
@@ -15,12 +16,12 @@ Floats = NDArray[np.float64]
 
 def weighted_error(
     rows: NDArray[np.float32],
-    rounded: tuple[NDArray[np.uint8], NDArray[np.float16]],
+    rounded: tuple[NDArray[np.uint8], Scales],
     levels: Levels,
     importance: NDArray[np.float32],
 ) -> Floats:
     """Each group's error, (n_rows, n_groups)."""
-    codes, scales = rounded
+    codes, scales = rounded[0], twins.scale_values(rounded[1])
     steps = np.repeat(scales.astype(np.float64), rows.shape[1] // scales.shape[1], 1)
     errors = (rows - np.array(levels)[codes] * steps) ** 2 * importance
     return errors.reshape(*scales.shape, -1).sum(-1)
@@ -41,26 +42,34 @@ def scanned_error(
     return least
 
 
+either = pytest.mark.parametrize("double", [False, True])
+
+
+@either
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("levels", [IQ4_NL_LEVELS, LINEAR_LEVELS])
-def test_scales_are_nearly_the_best_there_are(levels: Levels, group_size: int) -> None:
+def test_scales_are_nearly_the_best_there_are(
+    levels: Levels, group_size: int, double: bool
+) -> None:
     rng = np.random.default_rng(1)
     rows = rng.standard_normal((16, 256)).astype(np.float32)
     importance = rng.exponential(size=256).astype(np.float32)
-    ours = weighted_error(
-        rows, round_searched(rows, group_size, levels, importance), levels, importance
-    )
+    found = round_searched(rows, group_size, levels, importance, double=double)
+    ours = weighted_error(rows, found, levels, importance)
     best = scanned_error(rows, group_size, levels, importance)
     # 22 scales are tried, not thousands: in sum that costs at most a few percent.
     assert ours.sum() <= 1.05 * best.sum()
     assert (ours <= 1.5 * best).all()
 
 
+@either
 @pytest.mark.parametrize("size", [1e-30, 1e-5, 1.0, 1e4, 1e30])
-def test_codes_are_the_nearest_for_the_scale_that_is_stored(size: float) -> None:
+def test_codes_are_the_nearest_for_the_scale_that_is_stored(size: float, double: bool) -> None:
     rows = np.random.default_rng(2).standard_normal((8, 64)).astype(np.float32)
     rows *= np.float32(size)
-    codes, scales = round_searched(rows, 32, IQ4_NL_LEVELS, np.ones(64, np.float32))
+    even = np.ones(64, np.float32)
+    codes, stored = round_searched(rows, 32, IQ4_NL_LEVELS, even, double=double)
+    scales = twins.scale_values(stored)
     assert np.isfinite(scales).all()
     grid = np.repeat(scales.astype(np.float64), 32, 1)[..., None] * np.array(IQ4_NL_LEVELS)
     chosen = np.take_along_axis(grid, codes[..., None].astype(int), -1)[..., 0]
@@ -128,7 +137,7 @@ def corrected(gram: NDArray[np.floating]) -> Floats:
 
 
 def gptq_codes(
-    rows: Floats, gram: Floats, scales: NDArray[np.float16], group_size: int, levels: Levels
+    rows: Floats, gram: Floats, scales: NDArray[np.floating], group_size: int, levels: Levels
 ) -> NDArray[np.int64]:
     """GPTQ as its paper has it (algorithm 1), with the inverse, but from the last input on."""
     turned = np.linalg.cholesky(np.linalg.inv(corrected(gram)[::-1, ::-1])).T
@@ -143,15 +152,19 @@ def gptq_codes(
     return codes
 
 
+@either
 @pytest.mark.parametrize("group_size", [32, 64])
-def test_compensation_is_gptq(group_size: int) -> None:
+def test_compensation_is_gptq(group_size: int, double: bool) -> None:
     n_in = 192
     x = correlated_inputs(n_in) * np.random.default_rng(9).uniform(0.5, 2, n_in)
     gram = x.T @ x / len(x)
     rows = np.random.default_rng(7).standard_normal((48, n_in)).astype(np.float32)
     importance = np.diag(gram).astype(np.float32)
     factor = factorize(gram.astype(np.float32), group_size)
-    codes, scales = round_compensated(rows, group_size, IQ4_NL_LEVELS, [factor], again=False)
+    codes, stored = round_compensated(
+        rows, group_size, IQ4_NL_LEVELS, [factor], double=double, again=False
+    )
+    scales = twins.scale_values(stored)
     order = factor.order
     expected = np.empty_like(codes)
     expected[:, order] = gptq_codes(
@@ -165,15 +178,17 @@ def test_compensation_is_gptq(group_size: int) -> None:
     # what follows in its row along.
     assert (codes == expected).all(1).mean() > 0.9
 
-    def output_error(rounded: tuple[NDArray[np.uint8], NDArray[np.float16]]) -> float:
-        steps = np.repeat(rounded[1].astype(np.float64), group_size, 1)
+    def output_error(rounded: tuple[NDArray[np.uint8], Scales]) -> float:
+        steps = np.repeat(twins.scale_values(rounded[1]).astype(np.float64), group_size, 1)
         error = rows - np.array(IQ4_NL_LEVELS)[rounded[0]] * steps
         return float(np.einsum("ri,ij,rj->", error, gram, error))
 
     searched = round_searched(rows, group_size, IQ4_NL_LEVELS, importance)
-    once = output_error((codes, scales))
+    once = output_error((codes, stored))
     assert once < 0.8 * output_error(searched)
-    again = output_error(round_compensated(rows, group_size, IQ4_NL_LEVELS, [factor]))
+    again = output_error(
+        round_compensated(rows, group_size, IQ4_NL_LEVELS, [factor], double=double)
+    )
     assert again < 0.98 * once
 
 
@@ -239,7 +254,7 @@ def test_scales_are_found_for_the_codes_that_compensation_gives() -> None:
     factor = factorize(gram, 64)
     lower = factor.lower.astype(np.float64)
 
-    def errors(scales: NDArray[np.float16]) -> Floats:
+    def errors(scales: NDArray[np.floating]) -> Floats:
         """What a row loses with a scale, rounded as in GPTQ's paper."""
         codes = gptq_codes(
             rows[:, factor.order].astype(np.float64),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quantize import packing
 from quantize.modelfile import ModelFile
-from quantize.packing import LINEAR_LEVELS
+from quantize.packing import INT4_FORMATS, LINEAR_LEVELS
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -35,7 +35,7 @@ class Matrix:
     group_size: int
     codebook: tuple[int, ...]
     levels: NDArray[np.int64]  # (n_out, n_in), what the codes stand for; empty for float formats
-    scales: NDArray[np.float16]  # (n_out, n_in / group_size); the same
+    scales: Float32  # (n_out, n_in / group_size); the same
     weights: Float32  # (n_out, n_in)
     tiles: NDArray[np.uint8]
 
@@ -56,15 +56,24 @@ class Matrix:
 def coded(
     fmt: str,
     codes: NDArray[Any],
-    scales: NDArray[np.float16],
+    scales: packing.Scales,
     codebook: tuple[int, ...] = LINEAR_LEVELS,
 ) -> Matrix:
-    """An int4 or int8 matrix; codes as packing.pack_codes takes them."""
-    levels = np.array(codebook)[codes] if fmt == "int4" else codes.astype(np.int64)
-    group_size = codes.shape[1] // scales.shape[1]
-    weights = levels.astype(np.float32) * np.repeat(scales.astype(np.float32), group_size, axis=1)
+    """A matrix of 4 or 8 bits; codes and scales as packing.pack_codes takes them."""
+    levels = np.array(codebook)[codes] if fmt in INT4_FORMATS else codes.astype(np.int64)
+    values = scale_values(scales)
+    group_size = codes.shape[1] // values.shape[1]
+    weights = levels.astype(np.float32) * np.repeat(values, group_size, axis=1)
     tiles = packing.pack_codes(fmt, codes, scales)
-    return Matrix(fmt, group_size, codebook, levels, scales, weights, tiles)
+    return Matrix(fmt, group_size, codebook, levels, values, weights, tiles)
+
+
+def scale_values(scales: packing.Scales) -> Float32:
+    """What scales are worth, (n_rows, n_groups)."""
+    if isinstance(scales, packing.DoubleScales):
+        exact = scales.codes.astype(np.float64) * scales.units.astype(np.float64)[:, None]
+        return exact.astype(np.float32)
+    return scales.astype(np.float32)
 
 
 def floating(fmt: str, weights: Float32) -> Matrix:
@@ -72,10 +81,8 @@ def floating(fmt: str, weights: Float32) -> Matrix:
     if fmt == "bf16":
         weights = packing.from_bfloat16(packing.to_bfloat16(weights))
     tiles = packing.pack_floats(fmt, weights)
-    none = np.empty((0, 0))
-    return Matrix(
-        fmt, 0, LINEAR_LEVELS, none.astype(np.int64), none.astype(np.float16), weights, tiles
-    )
+    none = np.empty((0, 0), np.float32)
+    return Matrix(fmt, 0, LINEAR_LEVELS, none.astype(np.int64), none, weights, tiles)
 
 
 def quantize_row(x: Float32) -> tuple[NDArray[np.int8], Float32, NDArray[np.int32]]:
@@ -160,5 +167,5 @@ def dequantized(file: ModelFile, name: str) -> NDArray[np.float32]:
         return packing.unpack_floats(m.format, tiles, m.n_in)[: m.n_out]
     codes, scales = packing.unpack_codes(m.format, tiles, m.n_in, m.group_size)
     levels = codes if m.codebook is None else np.array(m.codebook, np.int8)[codes]
-    steps = np.repeat(scales.astype(np.float32), m.group_size, axis=1)
+    steps = np.repeat(scale_values(scales), m.group_size, axis=1)
     return (steps * levels.astype(np.float32))[: m.n_out]

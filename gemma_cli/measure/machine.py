@@ -43,7 +43,7 @@ def planned(config: GemmaConfig, bits: int = 4) -> dict[str, MatrixSpec]:
     specs = {}
     for name, (n_out, n_in) in matrix_shapes(config).items():
         rule = choose(rules, name)
-        codebook = LINEAR_LEVELS if rule.format == "int4" else None
+        codebook = LINEAR_LEVELS if rule.format == "int4_dq" else None
         specs[name] = MatrixSpec(rule.format, n_out, n_in, rule.group_size, codebook)
     return specs
 

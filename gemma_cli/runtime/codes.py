@@ -327,11 +327,10 @@ expand_planes = _expand(
 
 @intrinsic
 def expand_scales(typingctx: Any, scales: Any, target: Any):
-    """16 float16 scales to TABLE bytes at `target`: float32, times 1, 1 + 1/8, 1 + 2/8, ...."""
+    """16 scales to TABLE bytes at `target`: float32, times 1, 1 + 1/8, 1 + 2/8, ...."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        scales, target = args
-        scale = emit.half_to_float(b, scales)
+        scale, target = args
         for i in range(TABLE // 64):
             row = b.fmul(scale, emit.const(VF32, 1 + i / 8))
             emit.store(b, emit.offset(b, target, 64 * i), row)
@@ -377,8 +376,7 @@ def _expand_scaled(unpack: Callable[..., list[ir.Value]], doc: str) -> Any:
     @intrinsic
     def function(typingctx: Any, w: Any, other: Any, scales: Any, target: Any):
         def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-            w, other, scales, target = args
-            scale = emit.half_to_float(b, scales)
+            w, other, scale, target = args
             # Of 16 rows, 8 and then 8, with two inputs of each row side by side.
             doubled = [[8 * half + i // 2 for i in range(LANES)] for half in range(2)]
             factors = [emit.choose_lanes(b, scale, lanes) for lanes in doubled]
@@ -390,7 +388,7 @@ def _expand_scaled(unpack: Callable[..., list[ir.Value]], doc: str) -> Any:
                     values = []
                     for four, factor, offset in zip(fours, factors, offsets, strict=True):
                         byte = b.and_(b.lshr(four, shift), emit.const(VI32, 255))
-                        # Exact: a byte and a float16 have 19 bits together.
+                        # Exact: a byte and a scale have 23 bits together at most.
                         values.append(emit.fma(b, b.uitofp(byte, VF32), factor, offset))
                     emit.store(
                         b,
@@ -409,8 +407,8 @@ expand_scaled_codebook = _expand_scaled(
     _codebook_bytes,
     """16 x 64 bytes at `target`: 32 inputs of int4 codes times their scales, as bfloat16.
 
-    w, levels: as in dots_codebook; scales: address of 16 float16. Row k holds the inputs 2 k and
-    2 k + 1 of each of the 16 rows of w, side by side.
+    w, levels: as in dots_codebook; scales: f32x16. Row k holds the inputs 2 k and 2 k + 1 of each
+    of the 16 rows of w, side by side.
     """,
 )
 expand_scaled_int8 = _expand_scaled(

@@ -6,10 +6,20 @@ The layout is quantize.packing's; matrices are rows of matmul's table.
 import numpy as np
 
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.matrix import SCALES, advance, run_bytes, tile_address
-from gemma_cli.runtime.tables import BF16, CODEBOOK, F32, FORMAT, GROUP_SIZE, INT8, PLANES
+from gemma_cli.runtime.matrix import advance, run_bytes, tile_address
+from gemma_cli.runtime.tables import (
+    BF16,
+    CODEBOOK,
+    DOUBLE_SCALES,
+    F32,
+    FORMAT,
+    GROUP_SIZE,
+    INT8,
+    PLANES,
+    SCALES,
+)
 from gemma_cli.runtime.vector import load_byte, load_scalar
-from quantize.packing import PLANE_BITS
+from quantize.packing import PLANE_BITS, UNIT_BYTES
 
 
 @kernel
@@ -20,15 +30,16 @@ def _weight(matrix, row, column):
     if fmt == F32:
         return load_scalar(tile + 64 * column + 4 * r)
     if fmt == BF16:
-        bits = (
-            load_byte(tile + 32 * column + 2 * r) | load_byte(tile + 32 * column + 2 * r + 1) << 8
-        )
-        return np.uint32(bits << 16).view(np.float32)
+        return _bfloat(_two_bytes(tile + 32 * column + 2 * r))
     group, within = column // matrix[GROUP_SIZE], column % matrix[GROUP_SIZE]
     run, i = within // 32, within % 32
-    block = tile + group * (SCALES + matrix[GROUP_SIZE] // 32 * run_bytes(fmt))
-    scale = np.uint16(load_byte(block + 2 * r) | load_byte(block + 2 * r + 1) << 8)
-    body = block + SCALES + run * run_bytes(fmt)
+    block = tile + group * (matrix[SCALES] + matrix[GROUP_SIZE] // 32 * run_bytes(fmt))
+    if matrix[SCALES] == DOUBLE_SCALES:
+        code = np.float32(np.int8(load_byte(block + r)))
+        scale = code * _bfloat(_two_bytes(tile - UNIT_BYTES + 2 * r))
+    else:
+        scale = _half(_two_bytes(block + 2 * r))
+    body = block + matrix[SCALES] + run * run_bytes(fmt)
     if fmt == INT8:
         byte = _code(body, 8, r, i)
     elif fmt == PLANES:
@@ -38,7 +49,7 @@ def _weight(matrix, row, column):
             byte = byte << bits | _code(planes[plane], bits, r, i)
     else:
         byte = load_byte(matrix[CODEBOOK] + _code(body, 4, r, i))
-    return np.float32(byte - 128) * _half(scale)
+    return np.float32(byte - 128) * scale
 
 
 @kernel
@@ -47,6 +58,17 @@ def _code(run, bits, row, i):
     four = i // 4
     byte = load_byte(run + 64 * (four % bits) + 4 * row + i % 4)
     return byte >> bits * (four // bits) & (1 << bits) - 1
+
+
+@kernel
+def _two_bytes(address):
+    return load_byte(address) | load_byte(address + 1) << 8
+
+
+@kernel
+def _bfloat(bits):
+    """The value of a bfloat16 given as its bits."""
+    return np.uint32(bits << 16).view(np.float32)
 
 
 @kernel

@@ -29,8 +29,8 @@ from gemma_cli.runtime.codes import dots_one_plane, dots_three_planes, dots_two_
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.layers import soft_cap
 from gemma_cli.runtime.matmul import ITEMS, first_tile, multiply_few
-from gemma_cli.runtime.matrix import OTHERS, SCALES, advance, look_ahead, run_bytes, tile_address
-from gemma_cli.runtime.tables import GROUP_SIZE, N_IN, N_TILES, PLANES
+from gemma_cli.runtime.matrix import OTHERS, advance, look_ahead, run_bytes, tile_address
+from gemma_cli.runtime.tables import GROUP_SIZE, HALF_SCALES, N_IN, N_TILES, PLANES
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
     add_outer,
@@ -95,7 +95,7 @@ def _bounds_kernel(n_planes):
         for _ in range(matrix[N_IN] // matrix[GROUP_SIZE]):
             scale = load_f16(w)
             square = scale * scale
-            w += SCALES
+            w += HALF_SCALES
             for _ in range(matrix[GROUP_SIZE] // 32):
                 look_ahead(w, part, 1)
                 for other in range(n_planes - 1):

@@ -24,8 +24,9 @@ from gemma_cli.runtime.codes import dots_codebook, dots_int4, dots_int8, dots_pl
 from gemma_cli.runtime.inputs import together_address
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.matrix import (
-    SCALES,
     advance,
+    load_scales,
+    load_units,
     look_ahead,
     look_ahead_others,
     run_bytes,
@@ -42,6 +43,7 @@ from gemma_cli.runtime.tables import (
     N_IN,
     N_TILES,
     PLANES,
+    SCALES,
 )
 from gemma_cli.runtime.team import stage
 from gemma_cli.runtime.vector import (
@@ -49,7 +51,6 @@ from gemma_cli.runtime.vector import (
     add_scaled,
     address_of,
     load_bf16,
-    load_f16,
     load_f32,
     store_rows,
     zeros,
@@ -99,10 +100,10 @@ def _few_kernel(n):
         together; y as in _float_kernel.
         """
         fmt, levels, acc = matrix[FORMAT], matrix[CODEBOOK], zeros(n)
-        part = run_bytes(fmt)
+        part, units = run_bytes(fmt), load_units(matrix, w)
         for _ in range(matrix[N_IN] // matrix[GROUP_SIZE]):
-            w_scale = load_f16(w)
-            w += SCALES
+            w_scale = load_scales(matrix, w, units)
+            w += matrix[SCALES]
             for _ in range(matrix[GROUP_SIZE] // 32):
                 look_ahead(w, part, n)
                 if fmt == INT4:

@@ -28,7 +28,14 @@ from gemma_cli.runtime.codes import (
 )
 from gemma_cli.runtime.inputs import block_address
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.matrix import SCALES, advance, run_bytes, tile_address, tile_bytes
+from gemma_cli.runtime.matrix import (
+    advance,
+    load_scales,
+    load_units,
+    run_bytes,
+    tile_address,
+    tile_bytes,
+)
 from gemma_cli.runtime.tables import (
     BF16,
     CODEBOOK,
@@ -39,6 +46,7 @@ from gemma_cli.runtime.tables import (
     INT8,
     N_IN,
     PLANES,
+    SCALES,
 )
 from gemma_cli.runtime.vector import (
     address_of,
@@ -78,7 +86,7 @@ def _part_bytes(matrix, n):
     if matrix[FORMAT] == BF16:
         return 32 * n
     group_size = matrix[GROUP_SIZE]
-    return n // group_size * (SCALES + group_size // 32 * run_bytes(matrix[FORMAT]))
+    return n // group_size * (matrix[SCALES] + group_size // 32 * run_bytes(matrix[FORMAT]))
 
 
 @kernel
@@ -86,13 +94,15 @@ def _expand(matrix, tile, start, stop, target):
     """Expands the inputs start to stop of a tile to tiles of bfloat16, STEP bytes apart."""
     fmt, group_size = matrix[FORMAT], matrix[GROUP_SIZE]
     w, others = tile_address(matrix, tile)
+    units = load_units(matrix, w)
     for i in range(start, stop, 32):
         if fmt == BF16:
             expand_bf16(w + _part_bytes(matrix, i), target)
         else:
             within = i % group_size
-            scales = w + _part_bytes(matrix, i - within)
-            codes = scales + SCALES + within // 32 * run_bytes(fmt)
+            block = w + _part_bytes(matrix, i - within)
+            scales = load_scales(matrix, block, units)
+            codes = block + matrix[SCALES] + within // 32 * run_bytes(fmt)
             if fmt == INT8:
                 expand_scaled_int8(codes, 0, scales, target)
             elif fmt == PLANES:

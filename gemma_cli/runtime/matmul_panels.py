@@ -21,12 +21,14 @@ from gemma_cli.runtime.isa import ZEN4
 from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.layers import gated
 from gemma_cli.runtime.matrix import (
-    SCALES,
     advance,
+    load_scales,
+    load_units,
     look_ahead,
     look_ahead_others,
     run_bytes,
     tile_address,
+    tile_bytes,
 )
 from gemma_cli.runtime.tables import (
     CODEBOOK,
@@ -37,6 +39,7 @@ from gemma_cli.runtime.tables import (
     INT8,
     N_IN,
     PLANES,
+    SCALES,
 )
 from gemma_cli.runtime.vector import (
     add_scaled,
@@ -79,16 +82,16 @@ def _multiply_panel(fmt, n_runs, w, x, sums, first):
 
 
 @kernel
-def _expand(matrix, w, others, n_groups, panel):
+def _expand(matrix, w, others, units, n_groups, panel):
     """Expands some groups, run by run, at the address `panel`: codes to bytes, and their scales.
 
-    w: address of the first group; others: those of its other planes, for PLANES.
+    w: address of the first group; others: those of its other planes, for PLANES; units: the tile's.
     """
     fmt = matrix[FORMAT]
     part = run_bytes(fmt)
     for _ in range(n_groups):
-        scales = w
-        w += SCALES
+        scales = load_scales(matrix, w, units)
+        w += matrix[SCALES]
         for _ in range(matrix[GROUP_SIZE] // 32):
             look_ahead(w, part, 1)
             if fmt == INT4:
@@ -114,11 +117,11 @@ def _add_part(matrix, tile, start, stop, h, panel, sums):
     n_tokens, group_size, fmt = len(h.values), matrix[GROUP_SIZE], matrix[FORMAT]
     n_groups, n_runs = (stop - start) // group_size, (stop - start) // 32
     address, others = tile_address(matrix, tile)
-    step = SCALES + group_size // 32 * run_bytes(fmt)
+    step = matrix[SCALES] + group_size // 32 * run_bytes(fmt)
     w = address + start // group_size * step
-    _expand(matrix, w, advance(others, start), n_groups, panel)
+    _expand(matrix, w, advance(others, start), load_units(matrix, address), n_groups, panel)
     # While these tokens are multiplied, the next tile's codes come from the memory.
-    next_tile = w + matrix[N_IN] // group_size * step
+    next_tile = w + tile_bytes(matrix)
     n_bytes = n_groups * step
     for t in range(0, n_tokens, TOKENS):
         for line in range(n_bytes * t // n_tokens, n_bytes * (t + TOKENS) // n_tokens, 64):

@@ -7,6 +7,7 @@ from gemma_cli.runtime.kernel import kernel
 from gemma_cli.runtime.tables import (
     ADDRESS,
     BF16,
+    DOUBLE_SCALES,
     F32,
     FORMAT,
     GROUP_SIZE,
@@ -14,15 +15,13 @@ from gemma_cli.runtime.tables import (
     N_IN,
     N_TILES,
     PLANES,
+    SCALES,
 )
-from gemma_cli.runtime.vector import prefetch, prefetch_near
-from quantize.packing import PLANE_BITS, SLAB_TILES
+from gemma_cli.runtime.vector import load_bf16, load_f16, load_i8, prefetch, prefetch_near, splat
+from quantize.packing import PLANE_BITS, SLAB_TILES, UNIT_BYTES
 
 OTHERS = tuple(2 * bits for bits in PLANE_BITS[1:])
 """Bytes of 16 rows' codes of an input in the planes after the first, which have no scales."""
-
-SCALES = 32
-"""Bytes of the 16 float16 scales that open a block."""
 
 PREFETCH = 1024
 """How many bytes ahead the memory is asked for a tile that streams by."""
@@ -49,15 +48,17 @@ def tile_bytes(matrix):
     if fmt == BF16:
         return 32 * n_in
     run = 512 if fmt in (INT8, PLANES) else 256
-    return n_in // matrix[GROUP_SIZE] * (SCALES + matrix[GROUP_SIZE] // 32 * run)
+    units = UNIT_BYTES if matrix[SCALES] == DOUBLE_SCALES else 0
+    return units + n_in // matrix[GROUP_SIZE] * (matrix[SCALES] + matrix[GROUP_SIZE] // 32 * run)
 
 
 @kernel
 def tile_address(matrix, tile):
-    """Where a tile lies, for PLANES its first plane, and where then its others."""
+    """Where a tile's blocks lie, for PLANES those of its first plane, and where then its others."""
     size, n_in = tile_bytes(matrix), matrix[N_IN]
     if matrix[FORMAT] != PLANES:
-        return matrix[ADDRESS] + tile * size, (0, 0, 0)
+        units = UNIT_BYTES if matrix[SCALES] == DOUBLE_SCALES else 0
+        return matrix[ADDRESS] + tile * size + units, (0, 0, 0)
     before, within = tile // SLAB_TILES * SLAB_TILES, tile % SLAB_TILES
     n_tiles = min(SLAB_TILES, matrix[N_TILES] - before)
     first = size - sum(OTHERS) * n_in
@@ -66,6 +67,18 @@ def tile_address(matrix, tile):
     third = second + n_tiles * OTHERS[0] * n_in
     fourth = third + n_tiles * OTHERS[1] * n_in
     return slab + within * first, advance((second, third, fourth), within * n_in)
+
+
+@kernel
+def load_units(matrix, blocks):
+    """The units of a tile's scales, where they have any; blocks: address of its first block."""
+    return load_bf16(blocks - UNIT_BYTES) if matrix[SCALES] == DOUBLE_SCALES else splat(1.0)
+
+
+@kernel
+def load_scales(matrix, block, units):
+    """A block's 16 scales, f32x16, exact; units: as load_units gives them."""
+    return load_i8(block) * units if matrix[SCALES] == DOUBLE_SCALES else load_f16(block)
 
 
 @kernel

@@ -167,7 +167,9 @@ class Model:
         self._codebooks.append(codebook)  # The table holds its address only.
         linear = m.codebook == LINEAR_LEVELS
         fmt = _FORMATS.get(m.format, tables.INT4 if linear else tables.INT4_CODEBOOK)
-        return tiles.ctypes.data, fmt, len(tiles), m.n_in, m.group_size, codebook.ctypes.data
+        addresses = tiles.ctypes.data, codebook.ctypes.data
+        scales = packing.scale_bytes(m.format)
+        return addresses[0], fmt, len(tiles), m.n_in, m.group_size, addresses[1], scales
 
     def _allocate(self) -> Scratch:
         c, chunk = self.config, self.chunk_size

@@ -5,12 +5,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from quantize import packing
+
 # The formats of a matrix; int4 with equal steps needs no codebook.
 INT4, INT4_CODEBOOK, INT8, PLANES, BF16, F32 = range(6)
 
 # Columns of the table that describes matrices to the kernels, int64.
-ADDRESS, FORMAT, N_TILES, N_IN, GROUP_SIZE, CODEBOOK = range(6)
-N_COLUMNS = 6
+ADDRESS, FORMAT, N_TILES, N_IN, GROUP_SIZE, CODEBOOK, SCALES = range(7)
+N_COLUMNS = 7
+
+# Bytes of the scales that open a block, as a matrix has them in the column SCALES.
+HALF_SCALES, DOUBLE_SCALES = packing.scale_bytes("int4"), packing.scale_bytes("int4_dq")
 
 # Rows of the table of matrices: these seven for every layer, then the embedding.
 Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
