@@ -483,7 +483,7 @@ class ModelFile(Description):
 
     def check_unchanged(self) -> None:
         """Raises GemmaError if the file that is mapped was written to; another one may have taken
-        its place. Takes some microseconds."""
+        its place."""
         try:
             state = file_state(self.path)
         except OSError:  # it is gone, and still mapped

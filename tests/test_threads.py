@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from program import Cli, program
 
 from gemma_cli.generation import generate
-from gemma_cli.runtime import Model, machine_code
+from gemma_cli.runtime import Model, machine_code, workspace
 from gemma_cli.sampling import Sampler, Sampling
 from quantize.modelfile import ModelFile
 
@@ -111,40 +113,38 @@ def test_a_process_of_somebody_else_ends(home: Path, end: str, status: int) -> N
     assert done.returncode == status, done.stderr
 
 
+@pytest.mark.parametrize("known", [True, False])
 def test_a_run_waits_for_threads_of_one_that_was_interrupted(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """Ctrl-C may come when a thread has its work and nobody knows of it yet. It uses the memory
-    that the next run would."""
+    """Ctrl-C may come when a thread has its work, and knows of it or not. It uses the memory that
+    the next run would."""
     model = model_of(home)
     expected = model.forward(IDS, model.new_cache(50)).copy()
-    seen: list[tuple[str, bool]] = []
-    gate, interrupted = threading.Event(), False
-    load, tasks = machine_code.load, model._tasks
+    while (model._threads[:, workspace.STATE] != workspace.ASLEEP).any():
+        time.sleep(0.001)
+    gate, entered = threading.Event(), list[bool]()
+    load, calls = machine_code.load, model._calls
 
-    def watched(example: tuple[Any, ...]) -> machine_code.Run:
-        run = load(example)
+    def watched(example: tuple[Any, ...]) -> machine_code.Code:
+        code = load(example)
 
-        def enter(address: int, thread: int, lost: bool = not interrupted) -> None:
-            if lost:
-                gate.wait(20)
-            seen.append(("enter", lost))
-            run(address, thread)
-            seen.append(("leave", lost))
+        def serve(row: int, thread: int) -> None:
+            entered.append(gate.wait(20))
+            code.serve(row, thread)
 
-        return enter
+        return code._replace(serve=serve)
 
     class Interrupted:
-        def put(self, task: Any) -> None:
-            nonlocal interrupted
-            tasks[0].put(task)
-            interrupted = True
+        def put(self, call: Any) -> None:
+            if known:
+                calls[0].put(call)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(machine_code, "load", watched)
     cache = model.new_cache(50)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "_tasks", [Interrupted(), *tasks[1:]])
+        patch.setattr(model, "_calls", [Interrupted(), *calls[1:]])
         with pytest.raises(KeyboardInterrupt):
             model.forward(IDS, cache)
     held = weakref.ref(cache)
@@ -153,4 +153,27 @@ def test_a_run_waits_for_threads_of_one_that_was_interrupted(
     assert held()  # what the thread has yet to write to
     threading.Timer(0.3, gate.set).start()
     np.testing.assert_array_equal(model.forward(IDS, model.new_cache(50)), expected)
-    assert seen[:2] == [("enter", True), ("leave", True)]
+    assert entered[0]
+    gc.collect()
+    assert not held()
+
+
+def test_threads_that_wait_are_called_and_go_to_sleep(home: Path) -> None:
+    model = model_of(home)
+
+    def one_by_one(model: Model, *pauses: float) -> np.ndarray[Any, Any]:
+        cache, logits = model.new_cache(50), []
+        for i, pause in zip(IDS, cycle(pauses), strict=False):
+            logits.append(model.forward([i], cache))
+            time.sleep(pause)
+        return np.array(logits)
+
+    # A thread waits for a millisecond.
+    paused = one_by_one(model, 0, 0, 0.0005, 0.0015, 0.005)
+    np.testing.assert_array_equal(paused, one_by_one(model, 0))
+    kept = weakref.ref(model)
+    del model
+    deadline = time.monotonic() + 20
+    while kept() and time.monotonic() < deadline:  # A thread that waits has it, too.
+        time.sleep(0.001)
+    assert not kept()

@@ -12,13 +12,22 @@ Of the last layer, tokens whose logits are not wanted need keys and values alone
 read, that is nearly all of them, and the rest of this layer is left out for them.
 """
 
+import math
+
 import numpy as np
 
 from gemma_cli.runtime import attention, attention_amx, head, isa, kv_cache, matmul
 from gemma_cli.runtime.embedding import embed
 from gemma_cli.runtime.inputs import round_inputs, some_inputs
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.layers import add, geglu, rms_norm, rotary_angles, rotate, soft_cap
+from gemma_cli.runtime.layers import (
+    add,
+    geglu,
+    rms_norm,
+    rotary_angles,
+    rotate,
+    soft_cap,
+)
 from gemma_cli.runtime.tables import (
     ATTN_NORM,
     DOWN,
@@ -138,13 +147,14 @@ def _mix(item, thread, s, starts, positions, window, scratch, mixed):
 
 
 @stage
-def _add(item, thread, x, y, post_norm, next_norm, eps, h):
+def _add(item, thread, x, y, post_norm, next_norm, eps, h, overflow):
     """x += y, after y's own norm if there is one; then the norm of what comes next."""
     for t in _tokens(item, len(h.values)):
         if post_norm:
             rms_norm(y[t, : x.shape[1]], post_norm, eps, y[t, : x.shape[1]])
         add(x[t], y[t])
-        rms_norm(x[t], next_norm, eps, h.values[t])
+        if not rms_norm(x[t], next_norm, eps, h.values[t]) < math.inf:
+            overflow[0] = 1
         round_inputs(h, t, 0, h.values.shape[1])
 
 
@@ -306,6 +316,7 @@ def forward(
             norms[FFN_NORM],
             eps,
             h,
+            scratch.overflow,
         )
         gate_up = w[GATE : UP + 1]
         if _GATES_AT_ONCE and n > FEW and matmul.gates_at_once(gate_up, w[DOWN : DOWN + 1]):
@@ -332,6 +343,7 @@ def forward(
             next_norm,
             eps,
             h,
+            scratch.overflow,
         )
 
     if n_wanted:

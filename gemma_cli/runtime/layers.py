@@ -19,7 +19,7 @@ def rms_norm(x, weight, eps, y):
     """y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467).
 
     x, y: float32 (n,), n a multiple of 16, y may be x; weight: address of float32 (n,), with
-    Gemma's `1 +` already added.
+    Gemma's `1 +` already added. -> sum(x^2)
     """
     source, target = address_of(x), address_of(y)
     squares = splat(0.0)
@@ -31,6 +31,7 @@ def rms_norm(x, weight, eps, y):
     factor = splat(1.0 / math.sqrt(total / x.size + eps) + 0.0 * total)
     for i in range(0, 4 * x.size, 64):
         store_f32(target + i, load_f32(source + i) * factor * load_f32(weight + i))
+    return total
 
 
 @kernel

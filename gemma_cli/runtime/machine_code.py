@@ -6,7 +6,8 @@ processes by LLVM alone.
 
 A compiled function takes its arguments' parts one by one (an array's are its owner, of which there
 is none here, its size, address, shape and strides), some four hundred. They lie in one array of 8
-bytes each, which `run`, compiled with the function, takes apart.
+bytes each, which `run`, compiled with the function, takes apart. What has threads wait for that
+(`team.call` and `team.serve`) is compiled with it, too.
 """
 
 import ctypes
@@ -17,28 +18,36 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from gemma_cli.runtime.compilation import FILE
 
-Run = Callable[[int, int], None]
-"""Takes the address of the arguments' parts, without the thread's number, and that number."""
 
-_ENTRY = "gemma_cli_run"
+class Code(NamedTuple):
+    """What a model calls. Other threads of Python go on meanwhile, but for `call`."""
+
+    run: Callable[[int, int], None]
+    """Takes the address of the arguments' parts, without the thread's number, and that number."""
+    serve: Callable[[int, int], None]
+    call: Callable[[int, int, int], int]
+
+
+RUN, _SERVE, _CALL = "gemma_cli_run", "gemma_cli_serve", "gemma_cli_call"
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 _TYPES = {"i8": _I8, "i64": _I64, "double": ir.DoubleType()}  # others are pointers
 
 _lock = Lock()
-_linked: list[tuple[llvm.ExecutionEngine, Run]] = []
+_linked: list[tuple[llvm.ExecutionEngine, Code]] = []
 
 
-def load(example: tuple[Any, ...]) -> Run:
-    """The compiled `forward`; it is compiled for arguments like `example` if it is not on the disk,
-    and kept there if that can be written."""
+def load(example: tuple[Any, ...]) -> Code:
+    """The compiled `forward`, and what calls it; compiled for arguments like `example` if it is not
+    on the disk, and kept there if that can be written."""
     with _lock:
         if not _linked:
             code = _read() or _compile(example)
@@ -46,10 +55,20 @@ def load(example: tuple[Any, ...]) -> Run:
         return _linked[0][1]
 
 
+ADDRESS = 4
+"""Which of an array's parts that is."""
+
+
+def address(array: NDArray[Any]) -> int:
+    """Where an array lies. Its `ctypes` runs far more code, which no cache holds after a token."""
+    where: int = array.__array_interface__["data"][0]
+    return where
+
+
 def parts(value: Any) -> list[int]:
     """An argument's parts: ints, bools, floats, arrays, and named tuples of them."""
     if isinstance(value, np.ndarray):
-        return [0, 0, value.size, value.itemsize, value.ctypes.data, *value.shape, *value.strides]
+        return [0, 0, value.size, value.itemsize, address(value), *value.shape, *value.strides]
     if isinstance(value, tuple):
         return [part for field in value for part in parts(field)]
     if isinstance(value, float):
@@ -79,13 +98,15 @@ def _keep(code: bytes) -> None:
 def _compile(example: tuple[Any, ...]) -> bytes:
     import numba  # noqa: PLC0415 (this is what takes time)
 
+    from gemma_cli.runtime import team  # noqa: PLC0415
     from gemma_cli.runtime.forward import forward  # noqa: PLC0415
 
-    signature = tuple(numba.typeof(argument) for argument in example)
-    forward.compile(signature)
-    name = forward.overloads[signature].fndesc.llvm_func_name
-    module = llvm.parse_assembly(forward.inspect_llvm(signature))
+    module, name = _llvm(forward, tuple(numba.typeof(argument) for argument in example))
     module.link_in(llvm.parse_assembly(str(_caller(module.get_function(name)))))
+    for entry, kernel, n in ((_SERVE, team.serve, 2), (_CALL, team.call, 3)):
+        part, name = _llvm(kernel, (numba.int64,) * n)
+        part.link_in(llvm.parse_assembly(str(_caller_of_ints(entry, part.get_function(name)))))
+        module.link_in(part)
     machine = _machine()
     _optimize(module, machine)
     code: bytes = machine.emit_object(module)
@@ -93,10 +114,17 @@ def _compile(example: tuple[Any, ...]) -> bytes:
     return code
 
 
+def _llvm(kernel: Any, signature: tuple[Any, ...]) -> tuple[llvm.ModuleRef, str]:
+    """LLVM's code of a kernel with all that it calls, and its name there."""
+    kernel.compile(signature)
+    name: str = kernel.overloads[signature].fndesc.llvm_func_name
+    return llvm.parse_assembly(kernel.inspect_llvm(signature)), name
+
+
 def _optimize(module: llvm.ModuleRef, machine: llvm.TargetMachine) -> None:
     """Has LLVM improve the code, as Numba would, but once, and knowing each function's callers."""
     for function in module.functions:
-        if not function.is_declaration and function.name != _ENTRY:
+        if not function.is_declaration and function.name not in (RUN, _SERVE, _CALL):
             function.linkage = "internal"
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     passes = builder.getModulePassManager()
@@ -114,7 +142,7 @@ def _caller(function: llvm.ValueRef) -> ir.Module:
     pointer = _I8.as_pointer()
     types = [_TYPES.get(str(argument.type), pointer) for argument in function.arguments]
     callee = ir.Function(module, ir.FunctionType(ir.IntType(32), types), function.name)
-    caller = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64, _I64]), _ENTRY)
+    caller = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64, _I64]), RUN)
     b = ir.IRBuilder(caller.append_basic_block())
     address, thread = caller.args
     left = [b.bitcast(b.alloca(pointer), pointer) for _ in range(2)]
@@ -124,6 +152,21 @@ def _caller(function: llvm.ValueRef) -> ir.Module:
         arguments.append(b.load(place))
     b.call(callee, [*left, thread, *arguments])
     b.ret_void()
+    return module
+
+
+def _caller_of_ints(name: str, function: llvm.ValueRef) -> ir.Module:
+    """A module with a function of that name that calls one of integers, and gives what it does."""
+    module = ir.Module()
+    n = len(list(function.arguments)) - 2
+    pointers = [_I64.as_pointer(), _I8.as_pointer()]
+    callee_type = ir.FunctionType(ir.IntType(32), [*pointers, *[_I64] * n])
+    callee = ir.Function(module, callee_type, function.name)
+    caller = ir.Function(module, ir.FunctionType(_I64, [_I64] * n), name)
+    b = ir.IRBuilder(caller.append_basic_block())
+    result, nothing = b.alloca(_I64), b.bitcast(b.alloca(_I8.as_pointer()), _I8.as_pointer())
+    b.call(callee, [result, nothing, *caller.args])
+    b.ret(b.load(result))
     return module
 
 
@@ -142,8 +185,8 @@ def _machine() -> llvm.TargetMachine:
     )
 
 
-def _link(code: bytes) -> tuple[llvm.ExecutionEngine, Run]:
-    """The function, and what must stay as long as it is used."""
+def _link(code: bytes) -> tuple[llvm.ExecutionEngine, Code]:
+    """The functions, and what must stay as long as they are used."""
     # What frees arrays is never called: these have no owner in compiled code.
     unused = ctypes.cast(ctypes.pythonapi.Py_FatalError, ctypes.c_void_p).value
     assert unused
@@ -151,6 +194,8 @@ def _link(code: bytes) -> tuple[llvm.ExecutionEngine, Run]:
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    # Other threads of Python run while a function of this type does.
-    function_type = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
-    return engine, function_type(engine.get_function_address(_ENTRY))
+    # Other threads of Python run while a CFUNCTYPE does; a PYFUNCTYPE keeps the lock.
+    long = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
+    short = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    run, serve, call = (engine.get_function_address(name) for name in (RUN, _SERVE, _CALL))
+    return engine, Code(long(run), long(serve), short(call))

@@ -1,13 +1,15 @@
 """A model: the mapped weights, and the compiled call that turns token ids into logits."""
 
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
+from operator import is_
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +30,16 @@ CHUNK_SIZE = 512 if isa.AMX else 128
 Matrix units want more, since weights are expanded once for a chunk, and are as much faster.
 """
 
-LARGEST = 2.0**56
-"""Of the activations between layers: a sum of the squares of so many as there are is a float32."""
+CHECK_SECONDS = 0.01
+"""After a check of the file, until the next: that takes one or two hundredths of a small model's
+time for a token."""
 
 MOST_ROWS = FEW
 """Logits, each after another token, that `forward_each` and `forward_batch` give at once."""
 
 Ids = Sequence[int] | NDArray[np.int32]
 
-Tasks = SimpleQueue[Callable[[], None] | None]
+Calls = SimpleQueue[Callable[[], None] | None]
 
 _FORMATS = {
     "int8": tables.INT8,
@@ -89,18 +92,31 @@ def _starts(lengths: Sequence[int]) -> NDArray[np.int64]:
     return np.array([*accumulate(lengths, initial=0)], np.int64)
 
 
-def _do(tasks: Tasks) -> None:
-    """What a thread does: task after task, until there is None."""
-    # Compiled code gives up the interpreter's lock, so plain threads run side by side. What an
-    # executor does besides, before and after a task, takes 4% of a small model's time for a token.
-    while task := tasks.get():
-        task()
-        del task  # and the model with it, which may be the last reference
+def _do(calls: Calls) -> None:
+    """What a thread does: call after call, until there is None."""
+    while serve := calls.get():
+        serve()
+        del serve  # and the model with it, which may be the last reference
 
 
-def _end(threads: list[Tasks]) -> None:
-    for tasks in threads:
-        tasks.put(None)
+def _end(threads: list[Calls]) -> None:
+    for calls in threads:
+        calls.put(None)
+
+
+class _Request(NamedTuple):
+    """What `forward` is asked for, in memory that is used again for the next token."""
+
+    kind: tuple[object, ...]  # how many ids there are of each sequence, ...
+    tables: list[NDArray[np.int64]]  # of the caches
+    ids: NDArray[np.int32]
+    positions: NDArray[np.int64]
+    last_positions: NDArray[np.int64]
+    arrays: tuple[object, ...]  # these and others, kept
+    parts: NDArray[np.int64]
+    program: int  # address of the parts
+    logits: int  # which of them is the address of the logits
+    code: machine_code.Code
 
 
 class Model:
@@ -117,12 +133,16 @@ class Model:
         self.config = file.config
         self.chunk_size = chunk_size
         self.n_threads = n_threads or default_threads()
-        self._tasks: list[Tasks] = [SimpleQueue() for _ in range(1, self.n_threads)]
-        for tasks in self._tasks:
-            Thread(target=_do, args=(tasks,), daemon=True).start()
-        weakref.finalize(self, _end, self._tasks)
-        self._done: SimpleQueue[None] = SimpleQueue()
-        self._n_running = 0  # of the other threads; -1: unknown, as when Ctrl-C has come
+        self._calls: list[Calls] = [SimpleQueue() for _ in range(1, self.n_threads)]
+        for calls in self._calls:
+            Thread(target=_do, args=(calls,), daemon=True).start()
+        weakref.finalize(self, _end, self._calls)
+        self._threads = workspace.threads(len(self._calls))
+        self._rows, self._states = self._threads.ctypes.data, self._threads[:, workspace.STATE]
+        self._to_wake: machine_code.Code | None = None  # if threads may not know of their program
+        self._kept: object = None  # what they look at, besides what the model has
+        self._last: _Request | None = None
+        self._next_check = 0.0  # of whether the file is what it was
         self._shape = _shape(self.config)
         self._codebooks: list[NDArray[np.uint8]] = []
         self._weights = self._addresses()
@@ -206,6 +226,7 @@ class Model:
             attention=workspace.allocate_attention(self.n_threads, c.head_dim, 0),
             attention_amx=workspace.allocate_amx_attention(self.n_threads, c.head_dim),
             head=workspace.allocate_head(c.hidden_size, self._n_tiles),
+            overflow=np.zeros(1, np.int64),
         )
 
     def new_cache(self, context: int, kv: str = "f16") -> KVCache:
@@ -228,51 +249,88 @@ class Model:
             n_best = 0
         self._wait_for_others()
         self._counters[:] = 0
-        ids, lengths = np.concatenate(runs), [len(run) for run in runs]
-        few = [n for n in (len(ids), sum(wanted)) if n <= FEW]
+        self._scratch.overflow[0] = 0
+        lengths = tuple(len(run) for run in runs)
+        few = [n for n in (sum(lengths), sum(wanted)) if n <= FEW]
         self._reserve_partials(max(few, default=0), caches[0].context)
-        cache_tables = np.array([cache.table for cache in caches])
-        positions = [cache.length for cache in caches]
-        last_positions = [p + n - w for p, n, w in zip(positions, lengths, wanted, strict=True)]
-        is_int8 = caches[0].kind == "int8"
-        new = (
-            *(cache_tables, is_int8, ids, _starts(lengths), np.array(positions, np.int64)),
-            *(n_best, _starts(wanted), np.array(last_positions, np.int64), logits),
-        )
-        run = machine_code.load((0, *self._same, *new))
-        parts = np.concatenate([self._parts, np.array(machine_code.parts(new), np.int64)])
-        done = self._done
-
+        request = self._request(lengths, tuple(wanted), caches, logits, n_best)
+        np.concatenate(runs, out=request.ids)
+        for i, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
+            request.positions[i] = cache.length
+            request.last_positions[i] = cache.length + length - wanted[i]
         # A thread may come when the others have done everything, and must find what it looks at.
-        def work(thread: int, *kept: object) -> None:
-            run(parts.ctypes.data, thread)
-            done.put(None)
-
-        self._n_running = -1
-        for thread, tasks in enumerate(self._tasks, 1):
-            tasks.put(partial(work, thread, self, new, caches))
-        run(parts.ctypes.data, 0)
-        self._n_running = len(self._tasks)
+        code, self._kept, self._to_wake = request.code, (request, caches, logits), request.code
+        if code.call(self._rows, len(self._calls), request.program):
+            self._wake(code)
+        self._to_wake = None
+        code.run(request.program, 0)
+        self._kept = request
         self._check(lengths, caches)
         for cache, length in zip(caches, lengths, strict=True):
             cache.length += length
 
+    def _request(
+        self,
+        lengths: tuple[int, ...],
+        wanted: tuple[int, ...],
+        caches: Sequence[KVCache],
+        logits: NDArray[np.float32],
+        n_best: int,
+    ) -> _Request:
+        """The last one again, if but the ids, positions and logits are others: one token follows
+        the other, and to lay out a few arrays anew takes a hundredth of a small model's time."""
+        last, tables = self._last, [cache.table for cache in caches]
+        kind = lengths, wanted, n_best, logits.shape
+        if last and last.kind == kind and all(map(is_, tables, last.tables)):
+            last.parts[last.logits] = machine_code.address(logits)
+            return last
+        ids, positions = np.zeros(sum(lengths), np.int32), np.zeros(len(caches), np.int64)
+        last_positions = np.zeros_like(positions)
+        is_int8 = caches[0].kind == "int8"
+        new = (
+            *(np.array(tables), is_int8, ids, _starts(lengths), positions),
+            *(n_best, _starts(wanted), last_positions),
+        )
+        code = machine_code.load((0, *self._same, *new, logits))
+        before = [*self._parts, *machine_code.parts(new)]
+        parts = np.array([*before, *machine_code.parts(logits)], np.int64)
+        self._last = _Request(
+            kind=kind,
+            tables=tables,
+            ids=ids,
+            positions=positions,
+            last_positions=last_positions,
+            arrays=new,
+            parts=parts,
+            program=machine_code.address(parts),
+            logits=len(before) + machine_code.ADDRESS,
+            code=code,
+        )
+        return self._last
+
+    def _wake(self, code: machine_code.Code) -> None:
+        """Has all threads see whether they have a program. They keep the model meanwhile."""
+        for thread, calls in enumerate(self._calls, 1):
+            calls.put(partial(self._serve, code, thread))
+
+    def _serve(self, code: machine_code.Code, thread: int) -> None:
+        code.serve(self._rows + self._threads.strides[0] * (thread - 1), thread)
+
     def _wait_for_others(self) -> None:
         """Threads of the last run have nothing left to do, but may not have said so yet."""
-        n, self._n_running = self._n_running, -1  # Ctrl-C may come here, too.
-        if n < 0:
-            n, self._done = len(self._tasks), SimpleQueue()
-            for tasks in self._tasks:
-                tasks.put(partial(self._done.put, None))
-        for _ in range(n):
-            self._done.get()
-        self._n_running = 0
+        if self._to_wake:  # Ctrl-C has come meanwhile.
+            self._wake(self._to_wake)
+            self._to_wake = None
+        while workspace.CALLED in self._states.tolist():
+            time.sleep(1e-5)
 
     def _check(self, lengths: Sequence[int], caches: Sequence[KVCache]) -> None:
         """Raises GemmaError if the weights or what came of them cannot be relied on."""
-        self.file.check_unchanged()
-        # What overflowed in any layer stays in the residual stream to the end.
-        if np.abs(self._scratch.x[: sum(lengths)]).max() < LARGEST:
+        now = time.monotonic()
+        if now > self._next_check:
+            self.file.check_unchanged()
+            self._next_check = now + CHECK_SECONDS
+        if not self._scratch.overflow[0]:
             return
         pairs = zip(caches, lengths, strict=True)
         layers = [cache.find_overflow(length) for cache, length in pairs]
@@ -300,7 +358,8 @@ class Model:
             self._weights,
             self._scratch,
         )
-        self._parts = np.array(machine_code.parts(self._same), np.int64)
+        self._parts = machine_code.parts(self._same)
+        self._last = None
 
     def _new_logits(self, n: int) -> NDArray[np.float32]:
         return np.empty((n, 16 * self._n_tiles), np.float32)

@@ -5,6 +5,10 @@ them one by one, and leave the stage when all items are done, by whomever. So no
 thread that the operating system is not running: the others do its items, and when it comes it
 finds them done. A stage costs an atomic addition an item, which takes as long as a few KB from the
 memory, and one more a thread; no thread goes to sleep in between.
+
+Nor does it between programs that follow each other closely, as tokens do: one that has no more to
+do waits a millisecond for more (`serve`). To come back from the interpreter takes 30 to 50
+microseconds, and its lock as long from the thread that goes on there.
 """
 
 import sys
@@ -15,14 +19,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gemma_cli.runtime import isa
+from gemma_cli.runtime import isa, machine_code
 from gemma_cli.runtime.kernel import kernel
+from gemma_cli.runtime.workspace import ASLEEP, AWAKE, CALLED, PROGRAM, STATE, THREAD_COLUMNS
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 # Columns of a stage's counters, on cache lines of their own.
 _CLAIMED, _DONE = 0, 8
 _SPINS = 4000  # About 100 microseconds of waiting before the CPU is offered to others.
+_OFFERS = 2000  # About a millisecond.
+
+_run = types.ExternalFunction(machine_code.RUN, types.void(types.int64, types.int64))
 
 
 def _element(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -49,6 +57,38 @@ def _read(typingctx: Any, counters: Any, stage: Any, column: Any):
         return b.load_atomic(_element(context, b, sig, args), "acquire", 8)
 
     return types.int64(counters, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _load(typingctx: Any, address: Any):
+    """As _read, of an address."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return b.load_atomic(b.inttoptr(args[0], _I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _exchange(typingctx: Any, address: Any, value: Any):
+    """Stores a value, visibly to all threads in one order; gives the one before."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        place = b.inttoptr(args[0], _I64.as_pointer())
+        return b.atomic_rmw("xchg", place, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _exchange_if(typingctx: Any, address: Any, expected: Any, value: Any):
+    """The same if there is the expected value; gives whether there was."""
+
+    def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        place = b.inttoptr(args[0], _I64.as_pointer())
+        return b.extract_value(b.cmpxchg(place, args[1], args[2], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -108,3 +148,40 @@ def stage(work: Any) -> Any:
                 _yield()
 
     return run
+
+
+@kernel
+def call(rows, n, program):
+    """Gives a program to the n threads whose rows lie at an address; -> how many are asleep.
+
+    program: address of the arguments' parts (machine_code).
+    """
+    asleep = 0
+    size = 8 * THREAD_COLUMNS
+    for row in range(rows, rows + size * n, size):
+        _exchange(row + 8 * PROGRAM, program)
+        if _exchange(row + 8 * STATE, CALLED) == ASLEEP:
+            asleep += 1
+    return asleep
+
+
+@kernel
+def serve(row, thread):
+    """Runs the programs that a thread is given, until none has come for a while.
+
+    row: address of the thread's row. The thread is asleep then.
+    """
+    state, spins = row + 8 * STATE, 0
+    _exchange_if(state, ASLEEP, AWAKE)  # It may have been called already.
+    while True:
+        if _load(state) == CALLED:
+            _run(_load(row + 8 * PROGRAM), thread)
+            _exchange(state, AWAKE)
+            spins = 0
+        spins += 1
+        if spins < _SPINS:
+            _relax()
+        elif spins < _SPINS + _OFFERS:
+            _yield()
+        elif _exchange_if(state, AWAKE, ASLEEP):
+            return

@@ -64,6 +64,17 @@ AMX_ROW = 4 * 16 * AMX_PAIR
 LINE = 64
 """Bytes of a cache line."""
 
+# Of threads, besides the one that Python calls (`team.serve`).
+
+ASLEEP, AWAKE, CALLED = range(3)
+"""States: it waits in the interpreter, or in compiled code; it has a program to run."""
+
+STATE, PROGRAM = 0, 1
+"""Columns of a thread's row: its state, and the address of its program's arguments."""
+
+THREAD_COLUMNS = 16
+"""Of such a row, so that no two share cache lines."""
+
 # Of attention.
 
 SPAN = 256 if isa.AMX else 128
@@ -165,6 +176,12 @@ class Scratch(NamedTuple):
     attention: AttentionScratch
     attention_amx: AMXAttentionScratch
     head: HeadScratch
+    overflow: NDArray[np.int64]  # (1,), 1 once a sum of squares in the residual stream is no number
+
+
+def threads(n: int) -> NDArray[np.int64]:
+    """(n, THREAD_COLUMNS), threads that are asleep."""
+    return aligned((n, THREAD_COLUMNS), np.int64)
 
 
 def aligned(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
