@@ -30,7 +30,9 @@ def store_tokens(k, v, position, table, is_int8):
 
 @team.stage
 def merge(t, thread, starts, positions, s, window, scratch, out):
-    attention.merge_spans(t, starts, positions, s, window, scratch, thread, out[t])
+    heads = s.n_heads
+    for first, last in ((0, heads // 2), (heads // 2, heads)):
+        attention.merge_spans(t, first, last, starts, positions, s, window, scratch, thread, out[t])
 
 
 @njit(nogil=True)

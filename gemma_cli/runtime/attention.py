@@ -466,8 +466,11 @@ def attend_spans(item, thread, q, starts, positions, caches, layer, s, window, i
 
 
 @kernel
-def merge_spans(t, starts, positions, s, window, scratch, thread, out):
-    """One token's attention from the partial results. out: float32 (n_heads * head_dim,)."""
+def merge_spans(t, first, last, starts, positions, s, window, scratch, thread, out):
+    """The attention of a token's heads first to last from the partial results.
+
+    out: float32 (n_heads * head_dim,), of all heads.
+    """
     group = s.n_heads // s.n_kv_heads
     sequence = sequence_of(t, starts)
     blocks, n_spans = _blocks_and_spans(sequence, starts, positions, s, window)
@@ -475,7 +478,7 @@ def merge_spans(t, starts, positions, s, window, scratch, thread, out):
     token, position = t - starts[sequence], positions[sequence]
     rows = (starts[sequence + 1] - starts[sequence]) * group
     total = scratch.sums[thread, ROWS]
-    for query in range(s.n_heads):
+    for query in range(first, last):
         head, row = query // group, token * group + query % group
         block, r = row // ROWS, row % ROWS
         item = first_item + (head * blocks + block) * n_spans

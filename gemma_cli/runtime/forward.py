@@ -134,16 +134,34 @@ def _place_head(t, head, s, qkv, norms, angles, starts, positions, caches, layer
         attention.store_head(vector, value, cache, head - s.n_heads, slot, is_int8)
 
 
+@kernel
+def _mix_parts(n, s):
+    """Parts of a token that `_mix` does one by one: heads, if they are whole runs of inputs."""
+    return s.n_heads if n <= FEW and s.head_dim % 32 == 0 else 1
+
+
 @stage
 def _mix(item, thread, s, starts, positions, window, scratch, mixed):
     """The tokens' attention, where it is in parts still, put together and rounded."""
     n = len(mixed.values)
-    for t in _tokens(item, n):
+    parts = _mix_parts(n, s)
+    size = s.n_heads // parts
+    first = item % parts * size
+    for t in _tokens(item // parts, n):
         if n <= FEW:
             attention.merge_spans(
-                t, starts, positions, s, window, scratch.attention, thread, mixed.values[t]
+                t,
+                first,
+                first + size,
+                starts,
+                positions,
+                s,
+                window,
+                scratch.attention,
+                thread,
+                mixed.values[t],
             )
-        round_inputs(mixed, t, 0, mixed.values.shape[1])
+        round_inputs(mixed, t, first * s.head_dim, (first + size) * s.head_dim)
 
 
 @stage
@@ -303,7 +321,8 @@ def forward(
                 (scratch.attention, scratch.attention_amx),
                 mixed.values,
             )
-        _mix(counters, row + 3, token_items, thread, s, starts, positions, window, scratch, mixed)
+        items_of_mix = token_items * _mix_parts(n, s)
+        _mix(counters, row + 3, items_of_mix, thread, s, starts, positions, window, scratch, mixed)
         matmul.matmul(counters, row + 4, items, thread, w[O : O + 1], mixed, y, panels, n_threads)
         _add(
             counters,
