@@ -292,8 +292,8 @@ class Model:
             *(n_best, _starts(wanted), last_positions),
         )
         code = machine_code.load((0, *self._same, *new, logits))
-        before = [*self._parts, *machine_code.parts(new)]
-        parts = np.array([*before, *machine_code.parts(logits)], np.int64)
+        own = machine_code.parts((*new, logits))
+        parts = np.concatenate([self._parts, np.array(own, np.int64)])
         self._last = _Request(
             kind=kind,
             tables=tables,
@@ -303,7 +303,7 @@ class Model:
             arrays=new,
             parts=parts,
             program=machine_code.address(parts),
-            logits=len(before) + machine_code.ADDRESS,
+            logits=len(parts) - len(machine_code.parts(logits)) + machine_code.ADDRESS,
             code=code,
         )
         return self._last
@@ -358,7 +358,7 @@ class Model:
             self._weights,
             self._scratch,
         )
-        self._parts = machine_code.parts(self._same)
+        self._parts = np.array(machine_code.parts(self._same), np.int64)
         self._last = None
 
     def _new_logits(self, n: int) -> NDArray[np.float32]:
