@@ -239,8 +239,8 @@ def data_bytes(
 class Writer:
     """Writes a model file, tensor by tensor, in the order of the layout.
 
-    A codebook may be given by `set_codebook` up to the end, and so may what was lost
-    by `set_verification`, if the file is `to_be_verified`: the header keeps room.
+    A codebook may be given by `set_codebook` up to the end, and so may what was lost by
+    `set_verification`, if the file is `to_be_verified`: the header keeps room.
     """
 
     def __init__(

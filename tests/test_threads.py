@@ -123,7 +123,7 @@ def test_a_run_waits_for_threads_of_one_that_was_interrupted(
     expected = model.forward(IDS, model.new_cache(50)).copy()
     while (model._threads[:, workspace.STATE] != workspace.ASLEEP).any():
         time.sleep(0.001)
-    gate, entered = threading.Event(), list[bool]()
+    gate, entered, busy = threading.Event(), list[bool](), list[bool]()
     load, calls = machine_code.load, model._calls
 
     def watched(example: tuple[Any, ...]) -> machine_code.Code:
@@ -133,7 +133,11 @@ def test_a_run_waits_for_threads_of_one_that_was_interrupted(
             entered.append(gate.wait(20))
             code.serve(row, thread)
 
-        return code._replace(serve=serve)
+        def call(rows: int, n: int, program: int) -> int:
+            busy.append(workspace.CALLED in model._states.tolist())
+            return code.call(rows, n, program)
+
+        return code._replace(serve=serve, call=call)
 
     class Interrupted:
         def put(self, call: Any) -> None:
@@ -154,6 +158,10 @@ def test_a_run_waits_for_threads_of_one_that_was_interrupted(
     threading.Timer(0.3, gate.set).start()
     np.testing.assert_array_equal(model.forward(IDS, model.new_cache(50)), expected)
     assert entered[0]
+    assert busy == [
+        False,
+        False,
+    ]  # The second was called when the threads were done with the first.
     gc.collect()
     assert not held()
 

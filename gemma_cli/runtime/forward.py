@@ -20,14 +20,7 @@ from gemma_cli.runtime import attention, attention_amx, head, isa, kv_cache, mat
 from gemma_cli.runtime.embedding import embed
 from gemma_cli.runtime.inputs import round_inputs, some_inputs
 from gemma_cli.runtime.kernel import kernel
-from gemma_cli.runtime.layers import (
-    add,
-    geglu,
-    rms_norm,
-    rotary_angles,
-    rotate,
-    soft_cap,
-)
+from gemma_cli.runtime.layers import add, geglu, rms_norm, rotary_angles, rotate, soft_cap
 from gemma_cli.runtime.tables import (
     ATTN_NORM,
     DOWN,

@@ -49,7 +49,8 @@ def some_inputs(h, n_tokens, n_in):
 
 
 SMALLEST_SCALE = 2.0**-100
-"""Of inputs: its inverse is finite, and beside it times a float16 that times 2^-127 is nothing."""
+"""Of inputs: its inverse is finite, and beside it times a weight's scale that times 2^-127 is
+nothing."""
 
 
 @kernel

@@ -140,7 +140,7 @@ class Model:
         self._threads = workspace.threads(len(self._calls))
         self._rows, self._states = self._threads.ctypes.data, self._threads[:, workspace.STATE]
         self._to_wake: machine_code.Code | None = None  # if threads may not know of their program
-        self._kept: object = None  # what they look at, besides what the model has
+        self._kept: tuple[object, ...] = ()  # what they write to, besides what the model has
         self._last: _Request | None = None
         self._next_check = 0.0  # of whether the file is what it was
         self._shape = _shape(self.config)
@@ -259,12 +259,12 @@ class Model:
             request.positions[i] = cache.length
             request.last_positions[i] = cache.length + length - wanted[i]
         # A thread may come when the others have done everything, and must find what it looks at.
-        code, self._kept, self._to_wake = request.code, (request, caches, logits), request.code
+        code, self._kept, self._to_wake = request.code, (caches, logits), request.code
         if code.call(self._rows, len(self._calls), request.program):
             self._wake(code)
         self._to_wake = None
         code.run(request.program, 0)
-        self._kept = request
+        self._kept = ()
         self._check(lengths, caches)
         for cache, length in zip(caches, lengths, strict=True):
             cache.length += length
